@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -57,6 +58,15 @@ def test_what_installs_torchvision_keeps_the_installed_pytorch(monkeypatch):
     monkeypatch.setattr(metadata, "requires", lambda name: NEEDED)
     monkeypatch.setattr(metadata, "version", lambda name: {"torch": "2.13.0+cpu"}[name])
     assert extras.installing("data", "PIL") == "pip install 'pillow>=11' torch==2.13.0"
+
+
+def test_there_is_a_torchvision_for_the_oldest_pytorch():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (torch,) = project["dependencies"]
+    *_, torchvision = project["optional-dependencies"]["data"]
+    assert torch.startswith("torch>=2.")
+    # Each version 0.n needs PyTorch 2.(n - 15), and no other.
+    assert torchvision == f"torchvision>=0.{int(torch.partition('.')[2]) + 15}"
 
 
 TORCHVISION_WITHOUT_OPERATORS = """

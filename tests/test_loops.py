@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import stochastic_depth as sd
-from stochastic_depth.draw import (
-    draw,
-)
+from stochastic_depth.draw import draw
 
 BLOCKS = 6
 HALF = sd.LinearDecay(0.5)

@@ -108,7 +108,8 @@ def names_in(folder: Path, inside: Path | None = None) -> list[str]:
     """The names in a folder, sorted; an empty list if there is no folder.
 
     Args:
-        inside: by default the folder above it; with `folder`, it may be a link itself.
+        inside: by default the folder above it, so that `folder` must not be a link; give `folder`
+            itself to allow that.
 
     Raises:
         OSError: when it cannot be read, or is a link.
@@ -224,9 +225,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         unfinished.mkdir(parents=True)
         yield unfinished
-        _sync_folder(unfinished)
+        sync_folder(unfinished)
         unfinished.rename(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise RunError(f"{path} cannot be created: {reason(error)}") from error
     finally:
@@ -240,6 +241,15 @@ def write_new(path: Path, content: bytes) -> None:
         OSError: when there is something at `path`, or it cannot be created.
     """
     _write_synced(path, content, None)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make what was created, renamed or removed in `folder` survive a power cut."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def reason(error: OSError) -> str:
@@ -331,12 +341,3 @@ def _write_synced(path: Path | str, content: bytes, folder: int | None) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames and removals in `folder` survive a power cut."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

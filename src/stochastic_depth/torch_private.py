@@ -22,9 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import (  # torch.utils, as its documentation already has it
     TorchDispatchMode,
 )
-from torch.utils._python_dispatch import (
-    _disable_current_modes as no_modes,
-)
+from torch.utils._python_dispatch import _disable_current_modes as no_modes
 from torch.utils._pytree import (  # torch.utils.pytree, which is not released yet
     tree_flatten,
     tree_leaves,

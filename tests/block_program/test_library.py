@@ -119,7 +119,7 @@ def test_a_library_that_was_planted_is_not_loaded_and_one_of_ours_is(above, monk
     damaged.write_bytes(b"damaged")
     damaged.chmod(0o700)
     with pytest.raises(
-        EngineError, match=r"native kernels: .*; remove .*so, or use --engine eager"
+        EngineError, match=r"native kernels: .*; remove .*so, or begin a run with --engine eager"
     ):
         compiled_by_now()
     library.library.cache_clear()

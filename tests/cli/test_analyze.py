@@ -115,7 +115,7 @@ def test_a_number_that_is_too_small_is_refused_before_anything_is_measured(
 def test_a_title_that_is_wider_than_its_table_is_not_broken(runs, capsys):
     lines = shown(capsys, "gradients", runs / "constant-seed0", "--epochs", 2).splitlines()
     assert lines[0] == "Mean absolute gradient at the first convolution"
-    assert lines[1] == "mean over an epoch's steps"
+    assert lines[1] == "mean over the steps since the evaluation before"
     assert lines[2].startswith("┏")
 
 

@@ -138,6 +138,11 @@ def test_a_sweep_that_cannot_go_on_says_how_to(capfd):
         (["survival", "digits", "--survival.final", "0.3"], 2, "give --survival instead"),
         (["survival", "digits", "--survival.rule=uniform"], 2, "give --rules instead"),
         (["depth", "digits", "--model.depth", "20"], 2, "give --depths instead"),
+        (["gates", "digits", "--survival.no-balance"], 2, "give --gatings instead"),
+        (["gates", "digits", "--schedule.until", "0.3"], 2, "give --gatings instead"),
+        (["depth", "digits", "--model.growth", "24"], 2, "growth is 24, which has no effect"),
+        (["survival", "--rules=constant", "--survival.gate=sample"], 2, "gate is sample, which"),
+        (["survival", "--rules=constant", "--schedule", "early"], 2, "schedule is early, which"),
         (["depth", "digits-constant"], 2, "constant depth: sweep a stochastic one"),
         (["survival", "--survival", "0", "0.5"], 2, "--survival has 0.0: it must be above 0"),
         (["survival", "--survival"], 2, "the grid has no survival"),
@@ -152,6 +157,14 @@ def test_what_cannot_be_swept_is_one_line(arguments, code, shown, capsys):
     error = capsys.readouterr().err
     assert shown in error
     assert error.count("\n") == 1
+
+
+def test_what_has_an_effect_in_a_part_of_the_grid_alone_is_swept(tmp_path, capsys):
+    grid = ["--survival", "0.5", "--seeds", "1", "--rules", "constant", "linear", "--quiet"]
+    command = ["sweep", "survival", "digits-constant", *SMALL, "--survival.gate", "sample"]
+    assert main([*command, *grid]) == 0
+    runs = [open_run(path) for path in (tmp_path / "runs").glob("*/runs/*")]
+    assert {run.config.survival.gate for run in runs} == {"sample"}
 
 
 def test_a_sweep_of_gates_has_a_row_for_each_gating_at_equal_rates(tmp_path, capsys):

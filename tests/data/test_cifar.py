@@ -98,6 +98,15 @@ def test_one_folder_per_class_is_read(small, tmp_path):
     check(tmp_path, small, order=np.argsort(small[2], kind="stable"))
 
 
+@pytest.mark.parametrize("write", [write_pickles, write_binary, write_parquet])
+def test_it_is_found_beside_the_class_folders_of_another_data_set(small, write, tmp_path):
+    inside = {write_pickles: small[0].pickle_folder, write_binary: small[0].binary_folder}
+    write(tmp_path / inside.get(write, "data"), *small)
+    for part in ("train", "test"):
+        (tmp_path / part / "roses").mkdir(parents=True)
+    check(tmp_path, small)
+
+
 @pytest.mark.parametrize("write", [write_pickles, write_binary])
 def test_a_missing_file_is_named(small, write, tmp_path):
     folder = tmp_path / "files"

@@ -1,5 +1,6 @@
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,3 +131,13 @@ def test_pictures_may_be_in_folders_inside_a_class_and_behind_links(root):
     classes, samples = scan(root / "train")
     assert classes == ("cats", "dogs")
     assert [label for _, label in samples] == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("ways", [{"cats/all": "."}, {"cats/a": "../dogs", "dogs/b": "../cats"}])
+def test_links_in_a_circle_are_refused_and_the_remedy_works(root, ways):
+    for link, target in ways.items():
+        (root / "train" / link).symlink_to(target)
+    with pytest.raises(DataError, match=r"a link to a folder around it, .*: remove it") as raised:
+        scan(root / "train")
+    Path(str(raised.value).split(": a link")[0]).unlink()
+    assert len(scan(root / "train")[1]) == 6 + 3 * (len(ways) - 1)

@@ -7,9 +7,7 @@ import torch
 import torch.nn.functional as F
 from scipy import special
 
-from stochastic_depth.draw import (
-    draw,
-)
+from stochastic_depth.draw import draw
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.lab.ensemble import (
     Score,

@@ -220,8 +220,6 @@ def test_under_a_schedule_the_expected_saving_is_the_mean_over_the_steps(experim
     assert saving(whole // 2).saving == pytest.approx(0.25 * full.saving)
     series = replace(stochastic, survival=half.survival)
     assert series.cost.saving == pytest.approx(mean * full.saving)
-    seconds = [record.seconds for one in series.runs for record in one.records]
-    assert series.interval_seconds == pytest.approx(sum(seconds) / len(seconds))
 
 
 def test_a_share_that_is_nothing_has_no_sign():

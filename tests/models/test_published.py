@@ -20,6 +20,10 @@ def wants_more(width):
     return nn.Linear(width, width)
 
 
+def mistaken():
+    return nn.Linear(2, "x")
+
+
 def not_a_module():
     return 3
 
@@ -57,6 +61,11 @@ def test_a_factory_gives_a_model_with_or_without_example():
     assert example.shape == (3, 4)
     model, example = published(f"{__name__}:linear", shape=(4,), batch=5)
     assert model(example).shape == (5, 2)
+
+
+def test_a_mistake_in_a_factory_is_not_blamed_on_how_it_is_called():
+    with pytest.raises(TypeError, match="empty"):
+        published(f"{__name__}:mistaken")
 
 
 @pytest.mark.parametrize(

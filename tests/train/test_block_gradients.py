@@ -8,9 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stochastic_depth.draw import (
-    draw,
-)
+from stochastic_depth.draw import draw
 from stochastic_depth.train import ModelConfig, OptimizerConfig, SurvivalConfig, begin, fit
 from stochastic_depth.train.train_state import TrainState
 from support.runs import interrupted_and_resumed, without_clock

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from stochastic_depth.errors import CheckpointError
+from stochastic_depth.train import checkpoint
 from stochastic_depth.train.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
 from support.runs import STATE
 
@@ -84,6 +85,23 @@ def test_the_newest_that_can_be_trusted_is_used_and_the_others_are_named(tmp_pat
     assert str(checkpoints.path(3)) in refused[0]
 
 
+def test_the_last_good_checkpoint_is_one_that_can_be_trusted(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, "a", keep=9)
+    assert checkpoints.last_good() == "there is no good checkpoint before it"
+    for step in (8, 10, 16):
+        checkpoints.save(step, best=None, state={})
+    for step in (10, 16):
+        checkpoints.path(step).write_bytes(checkpoints.path(step).read_bytes()[:-1])
+
+    def full(*_):
+        raise CheckpointError("no room")
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", full)
+    for step in (12, 16):
+        with pytest.raises(CheckpointError, match=r"^no room; the last .* is \S+step-000000008"):
+            checkpoints.save(step, None, {})
+
+
 def test_no_trusted_checkpoint_at_all_is_an_error_and_not_a_fresh_start(tmp_path):
     checkpoints = Checkpoints(tmp_path, "a", keep=1)
     checkpoints.save(1, best=None, state={})
@@ -96,6 +114,7 @@ FULL_DISK = """
 import resource, sys, torch
 from pathlib import Path
 from stochastic_depth.errors import CheckpointError
+from stochastic_depth.train import checkpoint
 from stochastic_depth.train.checkpoint import Checkpoints
 checkpoints = Checkpoints(Path(sys.argv[1]), "a", keep=1)
 checkpoints.save(1, None, {"x": torch.zeros(100)})
@@ -114,6 +133,6 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(tmp_path):
     )
     assert done.returncode == 3, done.stderr
     assert "step-000000002.ckpt could not be written" in done.stdout
-    assert "step-000000001.ckpt is intact" in done.stdout
+    assert f"the last good checkpoint is {tmp_path}/step-000000001.ckpt" in done.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["step-000000001.ckpt"]
     assert load_checkpoint(tmp_path / "step-000000001.ckpt", "a")["step"] == 1

@@ -66,6 +66,10 @@ def test_paths_and_optional_values_survive_json():
         (lambda: ScheduleConfig(until=float("inf")), "schedule.until is inf"),
         (lambda: OptimizerConfig(learning_rate=float("inf")), "optimizer.learning-rate is inf"),
         (lambda: OptimizerConfig(warmup_epochs=float("nan")), "optimizer.warmup-epochs is nan"),
+        (
+            lambda: Config(epochs=10, optimizer=OptimizerConfig(warmup_epochs=10)),
+            "optimizer.warmup-epochs is 10 and epochs is 10: nothing would be trained at",
+        ),
         (lambda: OptimizerConfig(warmup_rate=0), "optimizer.warmup-rate is 0"),
         (lambda: ModelConfig(depth=10**9), "model.depth is 1000000000"),
         (lambda: ModelConfig(growth=0), "model.growth is 0"),

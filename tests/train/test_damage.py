@@ -9,6 +9,7 @@ import re
 import shutil
 import zipfile
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -330,7 +331,9 @@ def test_after_no_checkpoint_can_be_trusted_the_remedy_begins_the_run_again(fini
     assert_same_end(open_run(path), open_run(finished))
 
 
-def test_an_empty_folder_is_begun_in_and_a_folder_of_something_else_is_not(small, path):
+def test_an_empty_folder_is_begun_in_and_a_folder_of_something_else_is_not(
+    small, path, monkeypatch
+):
     path.mkdir()
     run, _ = begin(small, path)
     assert open_run(path) == run
@@ -342,6 +345,12 @@ def test_an_empty_folder_is_begun_in_and_a_folder_of_something_else_is_not(small
     with pytest.raises(RunError, match="other exists already, and is not a run: choose another"):
         begin(small, other)
     assert [p.name for p in other.iterdir()] == ["thesis"]
+    (current := path.with_name("current")).mkdir()
+    monkeypatch.chdir(current)
+    for name in (Path("."), current, Path("../current")):
+        with pytest.raises(RunError, match="exists already, and is not a run: choose another"):
+            begin(small, name)
+    assert not list(current.iterdir())
 
 
 def test_images_too_small_for_the_network_are_told_and_leave_no_folder(small, path):

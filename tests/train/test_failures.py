@@ -16,9 +16,7 @@ import torch
 
 import stochastic_depth as sd
 from stochastic_depth.data import folder_batches
-from stochastic_depth.draw import (
-    draw,
-)
+from stochastic_depth.draw import draw
 from stochastic_depth.errors import DivergedError, OutOfMemoryError, RunError
 from stochastic_depth.train import DataConfig, ModelConfig, SurvivalConfig, begin, fit, reopen
 from stochastic_depth.train.failures import open_blocks
@@ -125,7 +123,7 @@ def test_a_step_that_needs_more_memory_than_there_is_names_itself_and_the_remedi
     assert re.match(
         r"out of memory at step 0 of \S+run \(blocks 1\S* .*of 27 open\): ", done.stdout
     )
-    assert "there is no checkpoint before it" in done.stdout
+    assert "there is no good checkpoint before it" in done.stdout
     assert "--optimizer.batch (it is 1000)" in done.stdout
 
 

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 import stochastic_depth as sd
-from stochastic_depth.draw import (
-    draw,
-)
+from stochastic_depth.draw import draw
 from stochastic_depth.errors import CheckpointError, ConfigError, DivergedError, RunError
 from stochastic_depth.models.networks import NETWORKS
 from stochastic_depth.recipes import RECIPES
@@ -18,6 +16,7 @@ from stochastic_depth.train import (
     OptimizerConfig,
     SurvivalConfig,
     begin,
+    checkpoint,
     fit,
     journal,
     open_run,
@@ -184,7 +183,7 @@ def test_a_finished_run_is_left_as_it_is(small, path, silent):
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint(small, path, silent):
     config = replace(small, optimizer=OptimizerConfig(learning_rate=1e30))
     run, images = begin(config, path)
-    with pytest.raises(DivergedError, match=r"not finite at step \d+ .*there is no checkpoint"):
+    with pytest.raises(DivergedError, match=r"not finite at step \d+ .*no good checkpoint"):
         list(fit(run, images, silent))
     assert run.checkpoints.steps() == []
 
@@ -279,8 +278,8 @@ def test_the_final_weights_stand_for_a_last_checkpoint_that_is_gone(small, path,
     survival = SurvivalConfig(final=0.3, schedule=ScheduleConfig("warmup", until=2.0 * 20))
     run, records = finish(path, replace(small, survival=survival), silent)
     checkpoints = sorted(run.checkpoints.folder.iterdir())
-    for checkpoint in checkpoints[0 if gone == "all checkpoints" else -1 :]:
-        checkpoint.unlink()
+    for file in checkpoints[0 if gone == "all checkpoints" else -1 :]:
+        file.unlink()
     _, images = reopen(path)
     model, step = trained_model(run, images, "last")
     assert step == records[-1].step
@@ -306,6 +305,34 @@ def test_a_best_checkpoint_that_is_gone_is_not_replaced_by_the_last(small, path,
     else:
         with pytest.raises(CheckpointError, match="or use the newest one: --checkpoint last"):
             trained_model(run, images, "best")
+
+
+@pytest.mark.parametrize("killed_at", [4, 20])
+def test_a_record_that_is_best_and_has_no_checkpoint_yet_blocks_nothing(
+    small, path, silent, monkeypatch, killed_at
+):
+    save = checkpoint.save_checkpoint
+
+    def killed(path, state):
+        if state["step"] == killed_at:
+            raise KeyboardInterrupt
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", killed)
+    run, images = begin(small, path)
+    with pytest.raises(KeyboardInterrupt):
+        list(fit(run, images, silent))
+    *before, last = run.records()
+    assert journal.best_record([*before, last]) is last
+    if before:
+        for which, record in (("best", journal.best_record(before)), ("last", before[-1])):
+            assert trained_model(run, images, which)[1] == record.step
+    else:
+        with pytest.raises(CheckpointError, match=r"yet: go on with it by .* --resume"):
+            trained_model(run, images)
+    monkeypatch.undo()
+    list(fit(*reopen(path), silent))
+    assert trained_model(*reopen(path))
 
 
 def test_a_run_without_a_checkpoint_cannot_be_evaluated(small, path):

@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import pytest
@@ -23,6 +24,15 @@ def journal(tmp_path):
 
 def test_records_come_back_in_order(journal):
     assert read_journal(journal, "a") == [record(1), record(2), record(3)]
+
+
+def test_a_new_journal_and_each_line_are_on_disk_with_their_folder(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file)), fsync(file)))
+    path = tmp_path / "metrics.jsonl"
+    append_records(path, "a", [record(1), record(2)])
+    expected = [path.stat(), tmp_path.stat(), path.stat()]
+    assert [found.st_ino for found in synced] == [found.st_ino for found in expected]
 
 
 def test_a_line_that_is_still_being_written_is_left_out(journal):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch._inductor.exc import CppCompileError
 
+from stochastic_depth.block_program import library
 from stochastic_depth.cli import main
 from stochastic_depth.errors import Interrupted, StochasticDepthError
 from stochastic_depth.train import Config, begin, fit, open_run, reopen, trained_model
@@ -129,6 +130,28 @@ def _(runs):
     runs.monkeypatch.setattr(TrainState, "advance", advance)
     runs.resume()
     runs.ends_as_if_nothing_had_happened()
+
+
+@row("`native kernels: no C++ compiler was found`, `… failed`")
+def _(runs):
+    if library.why_unavailable() is not None:
+        pytest.skip(f"needs native kernels: {library.why_unavailable()}")
+    begin(replace(runs.small, engine="program"), runs.path)
+    fails = runs.path.with_name("fails")
+    fails.write_text("#!/bin/sh\nexit 1\n")
+    fails.chmod(0o700)
+    runs.monkeypatch.setenv("XDG_CACHE_HOME", str(runs.path.with_name("cache")))
+    for compiler, shown in (("no-such", "no C++ compiler was found"), (fails, "fails failed")):
+        library.library.cache_clear()
+        runs.monkeypatch.setenv("CXX", str(compiler))
+        refused = runs.refused()
+        assert refused.startswith("native kernels: ")
+        assert shown in refused
+        assert "begin a run with --engine eager; or " in refused
+        eager = f"train {SMALL} --engine eager --run {runs.path}-{fails == compiler}"
+        assert main(shlex.split(eager)) == 0
+    runs.monkeypatch.undo()
+    runs.resume()
 
 
 @row("`stopped at step N, with a checkpoint`")
@@ -282,7 +305,9 @@ def _(runs):
     runs.backup()
     whole = journal.read_bytes()
     journal.write_bytes(whole.splitlines(keepends=True)[0])
-    assert "lines are missing" in runs.refused()
+    refused = runs.refused()
+    assert "lines are missing" in refused
+    assert "or delete the checkpoints of steps after 4, and resume" in refused
     max((runs.path / "checkpoints").iterdir()).unlink()
     runs.resume()
     runs.ends_as_if_nothing_had_happened()

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from stochastic_depth.cli import main
-from stochastic_depth.errors import CheckpointError, RunError
-from stochastic_depth.train import fit, open_run, reopen, trained_model
+from stochastic_depth.errors import CheckpointError, DataError, RunError
+from stochastic_depth.train import begin, fit, open_run, reopen, trained_model
+from stochastic_depth.train.run_folder import remove_untrained_on_error
 from support.runs import assert_same_end, finish
 from support.special_files import KINDS, put
 
@@ -115,6 +116,18 @@ def test_a_folder_of_checkpoints_that_is_a_link_is_refused(copied, silent):
     with pytest.raises(CheckpointError, match="checkpoints is a link or a file"):
         trained_model(run, images)
     assert sorted(os.listdir(elsewhere)) == before
+
+
+def test_data_that_cannot_be_read_is_told_for_an_untrained_run_behind_a_link(small, path):
+    begin(small, path)
+    before = sorted(os.listdir(path))
+    (link := path.with_name("link")).symlink_to(path)
+    with pytest.raises(DataError, match="broken"), remove_untrained_on_error([open_run(link)]):
+        raise DataError("broken")
+    assert sorted(os.listdir(path)) == before
+    with pytest.raises(DataError, match="broken"), remove_untrained_on_error([open_run(path)]):
+        raise DataError("broken")
+    assert not path.exists()
 
 
 def test_a_journal_or_a_lock_with_a_second_name_is_not_changed(copied, tmp_path, silent):

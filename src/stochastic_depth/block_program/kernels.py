@@ -51,7 +51,8 @@ aten = torch.ops.aten
 
 
 class Kernels:
-    """Computes with the operators of PyTorch that autograd calls, so results are identical.
+    """Computes with the operators of PyTorch that autograd calls, so results are identical, except
+    that the last layer is in float32 where autocast has it in bfloat16.
 
     Other kernels are subclasses that override some of the methods. Images are [batch, channels,
     height, width], channels_last. `grad_x` is the gradient of the loss with respect to `x`. A

@@ -92,7 +92,10 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     """
     reason = why_unavailable()
     if reason is not None:
-        raise EngineError(f"native kernels: {reason}; use --engine eager")
+        raise EngineError(
+            f"native kernels: {reason}: begin a run with --engine eager; or install one, and go on "
+            "with this run"
+        )
     loaded = _loaded((*FLAGS, *DEFINED[dtype]))
     if not loaded.permitted():
         loaded = _loaded((*FLAGS, *WITHOUT_TILES, *DEFINED[dtype]))
@@ -117,7 +120,7 @@ def _loaded(flags: Sequence[str]) -> ctypes.CDLL:
         return declare(ctypes.CDLL(str(path)))
     except OSError as error:
         raise EngineError(
-            f"native kernels: {error}; remove {path}, or use --engine eager"
+            f"native kernels: {error}; remove {path}, or begin a run with --engine eager"
         ) from error
 
 
@@ -130,7 +133,10 @@ def _compile(compiler: Sequence[str], path: Path) -> None:
         if outcome.returncode:
             lines = outcome.stderr.strip().splitlines() or [f"it ended with {outcome.returncode}"]
             reason = next((line for line in lines if "error" in line), lines[0])
-            raise EngineError(f"native kernels: {compiler[0]} failed: {reason}; use --engine eager")
+            raise EngineError(
+                f"native kernels: {compiler[0]} failed: {reason}: begin a run with --engine eager; "
+                "or name another compiler by the environment variable CXX, and go on with this run"
+            )
         built.chmod(0o700)
         with built.open("rb") as file:
             os.fsync(file.fileno())
@@ -157,7 +163,7 @@ def private_cache() -> Path:
     except (OSError, RuntimeError) as error:
         raise EngineError(
             f"there is no folder for compiled code ({error}): set XDG_CACHE_HOME to one that can "
-            "be written, or use --engine eager"
+            "be written, or begin a run with --engine eager"
         ) from error
     return folder
 

@@ -53,7 +53,7 @@ class Program:
         optimizer: the optimizer of all parameters, in one group.
         shape: the shape of the images, [batch, channels, height, width].
         dtype: the type of images and activations; if it differs from the type of the parameters,
-            the step computes as autocast does.
+            the step computes as autocast does, except for the last layer, which is in float32.
         kernels: the arithmetic; PyTorch's operators if not given.
         replay: how pieces are repeated; eagerly if not given.
 

@@ -140,16 +140,23 @@ def parse_recipe(
     return parse(type(default), f"{command} {name}", arguments, describe_recipe(name), default)
 
 
-def refuse_without_effect(config: Config, arguments: list[str]) -> None:
-    """Refuse `arguments` that have no effect in `config`, because of others.
+def options_in(arguments: Iterable[str]) -> set[str]:
+    """The options among `arguments` as --name, also where given as --name=value or --no-name."""
+    names = (argument.split("=")[0].replace("_", "-") for argument in arguments)
+    return {name.replace(".no-", ".") for name in names if name.startswith("--")}
+
+
+def refuse_without_effect(configs: Iterable[Config], arguments: list[str]) -> None:
+    """Refuse `arguments` that have no effect in any of `configs`, because of others.
 
     Raises:
         SystemExit: after printing which one, and what to do.
     """
-    given = {argument.split("=")[0].replace("_", "-") for argument in arguments}
+    first, *others = [config.without_effect() for config in configs]
+    given = options_in(arguments)
     with usage_errors():
-        for option, problem in config.without_effect().items():
-            if given & {f"--{option}", f"--{option.replace('.', '.no-')}"}:
+        for option, problem in first.items():
+            if f"--{option}" in given and all(option in other for other in others):
                 raise ConfigError(problem)
 
 

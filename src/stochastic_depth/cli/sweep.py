@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from stochastic_depth.choices import RuleName, SweepKind
-from stochastic_depth.cli.arguments import Flag, choose, parse_recipe, usage_errors
+from stochastic_depth.cli.arguments import (
+    Flag,
+    choose,
+    options_in,
+    parse_recipe,
+    refuse_without_effect,
+    usage_errors,
+)
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.lab.options import check_gatings
 from stochastic_depth.recipes.paper import gatings
@@ -126,11 +133,12 @@ OPTIONS: dict[SweepKind, type[SurvivalSweep | DepthSweep | GatesSweep]] = {
 
 def sweep(arguments: list[str]) -> int:
     kind, rest = choose("stochastic-depth sweep", ABOUT, "sweep", KINDS, arguments)
-    for argument in rest:
-        option = argument.split("=")[0]
-        if option in SWEPT[kind]:
-            with usage_errors():
-                raise ConfigError(f"{option} is swept: give {SWEPT[kind][option]} instead")
+    given = options_in(rest)
+    for swept, instead in SWEPT[kind].items():
+        for option in given:
+            if option == swept or option.startswith(f"{swept}."):
+                with usage_errors():
+                    raise ConfigError(f"{option} is swept: give {instead} instead")
     about = f"{ABOUT}\nThe grid has {KINDS[kind]}."
     common = *COMMON[kind], "--seeds INT", "--workers INT", "--out DIR"
     asked = parse_recipe(f"sweep {kind}", about, rest, OPTIONS[kind], common)
@@ -142,6 +150,8 @@ def sweep(arguments: list[str]) -> int:
     folder = asked.out or Path("runs") / f"sweep-{kind}-{asked.config.recipe}"
     with usage_errors():
         grid = asked.grid()
+        configs = [point.of(asked.config) for point in grid.points()]
+    refuse_without_effect(configs, rest)
     opened = open_sweep(folder, kind, grid, asked.config)
     return _run(opened, asked, console, shlex.join(["sweep", *arguments]))
 

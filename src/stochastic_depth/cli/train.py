@@ -115,7 +115,7 @@ def train(arguments: list[str]) -> int:
         return _in_all_processes(lambda console: _resume(asked, console), asked.quiet)
     common = "--run DIR", "--model.depth INT", "--survival.final FLOAT"
     begun = parse_recipe("train", TRAIN, arguments, Begin, common)
-    refuse_without_effect(begun.config, arguments)
+    refuse_without_effect([begun.config], arguments)
     return _in_all_processes(lambda console: _begin(begun, console), begun.quiet)
 
 
@@ -226,7 +226,7 @@ def compare(arguments: list[str]) -> int:
     began = time.monotonic()
     common = "--seeds INT", "--minutes FLOAT", "--out DIR", "--model.depth INT"
     asked = parse_recipe("compare", COMPARE, arguments, Compare, common)
-    refuse_without_effect(asked.config, arguments)
+    refuse_without_effect([asked.config], arguments)
     from stochastic_depth.cli.console import PlainConsole
 
     console, config = PlainConsole(), asked.config

@@ -131,8 +131,8 @@ CIFAR100 = Variant(
 def find_cifar(root: Path, variant: Variant) -> tuple["Layout", Path] | None:
     """The first layout that is found in `root`, or in a folder to which its archives unpack."""
     unpacked = (variant.pickle_folder, variant.binary_folder, "data", "plain_text", variant.name)
-    for folder in (root, *(root / name for name in unpacked)):
-        for layout in LAYOUTS:
+    for layout in LAYOUTS:
+        for folder in (root, *(root / name for name in unpacked)):
             if layout.present(folder, variant):
                 return layout, folder
     return None

@@ -59,8 +59,8 @@ def scan(folder: Path) -> tuple[tuple[str, ...], Samples]:
     A class is a folder that is not hidden; pictures may be in folders inside it.
 
     Raises:
-        DataError: when there are fewer than two classes, one has no pictures, or a picture is in a
-            format that is not read or in no class.
+        DataError: when there are fewer than two classes, one has no pictures, a picture is in a
+            format that is not read or in no class, or a folder holds a link to one around it.
     """
     expected = (
         "expected one folder of pictures for each class, as in train/n01440764/ and val/n01440764/"
@@ -98,6 +98,12 @@ def _pictures_below(folder: Path) -> list[str]:
     with reading(folder, DataError):
         for above, folders, names in os.walk(folder, onerror=fail, followlinks=True):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for path in (Path(above, name) for name in folders):
+                if path.is_symlink() and any(map(path.samefile, path.absolute().parents)):
+                    raise DataError(
+                        f"{path}: a link to a folder around it, whose pictures would be found "
+                        "again and again: remove it"
+                    )
             paths += [os.path.join(above, name) for name in picture_names(above, names)]
     return paths
 

@@ -15,9 +15,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from stochastic_depth.draw import (
-    open_shares,
-)
+from stochastic_depth.draw import open_shares
 from stochastic_depth.errors import ConfigError, GateError
 from stochastic_depth.handle import Handle
 from stochastic_depth.surgery import handle_of

@@ -77,7 +77,10 @@ def first_table(epochs: Sequence[float], found: dict[str, Gradients]) -> Table:
     If there is one other kind besides constant depth, a column has their ratio.
     """
     table = Table(
-        title="Mean absolute gradient at the first convolution\nmean over an epoch's steps",
+        title=(
+            "Mean absolute gradient at the first convolution\n"
+            "mean over the steps since the evaluation before"
+        ),
         title_justify="left",
     )
     table.add_column("epoch", justify="right")

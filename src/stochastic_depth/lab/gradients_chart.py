@@ -37,8 +37,8 @@ def gradient_strength(experiment: Experiment) -> Figure:
         panels=(panel,),
         legend=keys(experiment.series),
         note="Mean absolute gradient of the weights of the first convolution, which no gate skips, "
-        "averaged over all steps of an epoch. Thin: each seed. Thick: their mean. Dotted: the "
-        "learning rate is divided.",
+        "averaged over all steps between two evaluations. Thin: each seed. Thick: their mean. "
+        "Dotted: the learning rate is divided.",
     )
 
 

@@ -7,9 +7,7 @@ from typing import Any
 import altair as alt
 from torch import nn
 
-from stochastic_depth.draw import (
-    draw,
-)
+from stochastic_depth.draw import draw
 from stochastic_depth.files import make_folders, write_whole
 from stochastic_depth.lab.bench.rates import RATES, Saving, measure_rates
 from stochastic_depth.lab.charts import Figure, Key, Row, chart, layered

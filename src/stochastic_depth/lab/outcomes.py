@@ -7,10 +7,11 @@ here.
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, lru_cache
-from itertools import groupby
+from itertools import groupby, pairwise
+from typing import Literal
 
 import torch
 
@@ -56,7 +57,7 @@ class RunOutcome:
     seconds: float
     """Seconds of training, without evaluation."""
     active_blocks: float
-    """The mean over the intervals between evaluations."""
+    """The mean over training steps."""
 
     @staticmethod
     def of(records: Sequence[Record]) -> "RunOutcome":
@@ -65,8 +66,13 @@ class RunOutcome:
             best_record(list(records)).test_error,
             records[-1].test_error,
             sum(record.seconds for record in records),
-            statistics.fmean(record.active_blocks for record in records),
+            statistics.fmean((r.active_blocks for r in records), interval_steps(records)),
         )
+
+
+def interval_steps(records: Sequence[Record]) -> list[int]:
+    """The training steps of each interval between evaluations; the last is often shorter."""
+    return [end - start for start, end in pairwise([0, *(record.step for record in records)])]
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,9 @@ def _cost_at_full_rates(
     return ExpectedCost(handle.survival, saving)
 
 
+Average = Literal["median", "mean"]
+
+
 @dataclass(frozen=True)
 class Series:
     """The runs of one kind of training, one for each seed."""
@@ -184,15 +193,13 @@ class Series:
         """Results over the seeds."""
         return Outcome.of(run.records for run in self.runs)
 
-    @property
-    def interval_seconds(self) -> float:
-        """The median seconds of the intervals between evaluations, which usually are epochs.
-
-        Under a schedule the intervals differ, and it is their mean.
-        """
-        scheduled = self.survival.schedule.kind != "none"
-        typical = statistics.fmean if scheduled else statistics.median
-        return typical([record.seconds for run in self.runs for record in run.records])
+    def step_seconds(self, average: Average) -> float:
+        """The seconds of a training step: the median of the intervals, or the mean of all steps."""
+        steps = [n for run in self.runs for n in interval_steps(run.records)]
+        seconds = [record.seconds for run in self.runs for record in run.records]
+        if average == "mean":
+            return sum(seconds) / sum(steps)
+        return statistics.median(taken / n for taken, n in zip(seconds, steps, strict=True))
 
 
 @dataclass(frozen=True)
@@ -230,15 +237,30 @@ class Experiment:
             key=lambda s: (s.survival.rule != "linear", abs(s.survival.final - 0.5)),
         )
 
+    @property
+    def average(self) -> Average:
+        """How the seconds of intervals are averaged in every series.
+
+        The median leaves out disturbances; under a schedule, which makes the steps of one run
+        differ, it is the mean.
+        """
+        scheduled = any(series.survival.schedule.kind != "none" for series in self.series)
+        return "mean" if scheduled else "median"
+
+    def interval_seconds(self, series: Series) -> float:
+        """The average seconds of a whole interval between evaluations, usually an epoch."""
+        steps = max(n for run in self.runs for n in interval_steps(run.records))
+        return steps * series.step_seconds(self.average)
+
     def time_saved(self, series: Series) -> float | None:
-        """The share of the time of constant depth that a series saves, by the seconds of intervals.
+        """The share of the time of constant depth that a series saves, by the seconds of a step.
 
         None without constant depth, or if the seconds of the two cannot be compared.
         """
         constant = self.constant
         if constant is None or timing_differences([*constant.runs, *series.runs]):
             return None
-        return 1 - series.interval_seconds / constant.interval_seconds
+        return 1 - series.step_seconds(self.average) / constant.step_seconds(self.average)
 
     @property
     def drops(self) -> tuple[float, ...]:
@@ -255,20 +277,26 @@ class Experiment:
         return f"after {reached:g} of {epochs} epoch{'s' * (epochs != 1)}"
 
     def comparable(self) -> "Experiment":
-        """The part that can be compared: finished runs if every series has one, or equal epochs."""
-        if all(any(run.finished for run in series.runs) for series in self.series):
-            return self._of(lambda run: run if run.finished else None)
-        reached = min(run.records[-1].epoch for run in self.runs)
-        return self._of(
+        """The part that can be compared: finished runs if every series has one, or equal epochs.
+
+        Failed runs are left out, unless all have failed.
+        """
+        alive = self._of(lambda run: None if run.failed else run)
+        if not alive.series:
+            alive = self
+        if all(any(run.finished for run in series.runs) for series in alive.series):
+            return alive._of(lambda run: run if run.finished else None)
+        reached = min(run.records[-1].epoch for run in alive.runs)
+        return alive._of(
             lambda run: replace(run, records=tuple(r for r in run.records if r.epoch <= reached))
         )
 
-    def _of(self, chosen) -> "Experiment":
+    def _of(self, chosen: Callable[[RecordedRun], RecordedRun | None]) -> "Experiment":
         series = (
             replace(one, runs=tuple(run for run in map(chosen, one.runs) if run))
             for one in self.series
         )
-        return replace(self, series=tuple(series))
+        return replace(self, series=tuple(one for one in series if one.runs))
 
 
 def experiments(runs: Sequence[RecordedRun]) -> list[Experiment]:

@@ -84,15 +84,14 @@ def _errors(now: Experiment, published: Found) -> ReportTable:
 
 
 def _seconds(now: Experiment, published: Found) -> ReportTable:
-    head = ["", "training", "median epoch", "ratio"]
-    if now.config.evaluate_every is not None:
-        head[2] = "median interval"
+    interval = "epoch" if now.config.evaluate_every is None else "interval"
+    head = ["", "training", f"{now.average} {interval}", "ratio"]
     base = now.constant
     rows = [
         [
             series.name,
             f"{plus_minus(spread)} s" if spread.mean < 100 else _long(spread),
-            duration(series.interval_seconds),
+            duration(now.interval_seconds(series)),
             "" if saved is None else f"{1 - saved:.3f}",
         ]
         for series in now.series
@@ -110,9 +109,7 @@ def _seconds(now: Experiment, published: Found) -> ReportTable:
                 duration(seconds) if seconds else "",
                 f"{seconds / whole:.3f}" if seconds and whole else "",
             ]
-    note = (
-        "Without evaluation. Ratios are to constant depth, of medians (under a schedule, of means)."
-    )
+    note = f"Without evaluation. Ratios are to constant depth, of {now.average}s."
     return ReportTable("Training time", head, rows, f"{note} {timing_note(now.runs)}".rstrip())
 
 

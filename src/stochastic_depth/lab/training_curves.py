@@ -87,7 +87,7 @@ POINTS_OF_SERIES = 150
 
 
 def training_time(experiment: Experiment) -> Figure:
-    """The figure of training time: intervals as strokes, medians as bars, expected times."""
+    """The figure of training time: intervals as strokes, averages as bars, expected times."""
     interval = "epoch" if experiment.config.evaluate_every is None else "interval"
     rows: list[Row] = [
         {
@@ -123,7 +123,7 @@ def training_time(experiment: Experiment) -> Figure:
         sentence=_time_sentence(now, interval),
         rows=rows,
         panels=(layered(*layers),),
-        note=f"Thin: every {interval} of every seed. Bars: their median. "
+        note=f"Thin: every {interval} of every seed. Bars: their {now.average}. "
         + "Upright: constant depth less the FLOPs of dropped blocks. " * bool(expected)
         + f"Evaluation is not counted. {timing_note(experiment.runs)}".rstrip(),
         height=46 * len(experiment.series),
@@ -132,15 +132,15 @@ def training_time(experiment: Experiment) -> Figure:
 
 
 def _bars(experiment: Experiment) -> tuple[list[Row], list[Row]]:
-    """The median of each series; and where it is expected from the FLOPs."""
-    medians = {series.name: series.interval_seconds for series in experiment.series}
+    """The average of each series; and where it is expected from the FLOPs."""
+    seconds = {series.name: experiment.interval_seconds(series) for series in experiment.series}
     bars: list[Row] = [
-        {"s": name, "x": median, "label": f"{name}: median {duration(median)}"}
-        for name, median in medians.items()
+        {"s": name, "x": value, "label": f"{name}: {experiment.average} {duration(value)}"}
+        for name, value in seconds.items()
     ]
     if experiment.constant is None:
         return bars, []
-    base = medians[experiment.constant.name]
+    base = seconds[experiment.constant.name]
     return bars, [
         {
             "s": series.name,
@@ -165,8 +165,11 @@ def _dots(series: Series) -> list[Row]:
 
 
 def _time_sentence(experiment: Experiment, interval: str) -> str:
-    clauses = [f"{series.name} {duration(series.interval_seconds)}" for series in experiment.series]
-    sentence = f"The median {interval} takes: {', '.join(clauses)}."
+    clauses = [
+        f"{series.name} {duration(experiment.interval_seconds(series))}"
+        for series in experiment.series
+    ]
+    sentence = f"The {experiment.average} {interval} takes: {', '.join(clauses)}."
     for series in experiment.stochastic:
         saved, due = experiment.time_saved(series), series.cost.saving
         if saved is None:

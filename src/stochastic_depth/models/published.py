@@ -172,9 +172,10 @@ def _from_factory(name: str, batch: int, shape: Shape | None) -> tuple[nn.Module
             "Python finds from this folder"
         ) from error
     try:
-        result = factory()
-    except TypeError as error:
+        inspect.signature(factory).bind()
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"{name!r} cannot be called without arguments: {error}") from error
+    result = factory()
     model, example = result if isinstance(result, tuple) else (result, None)
     if not isinstance(model, nn.Module):
         raise ConfigError(

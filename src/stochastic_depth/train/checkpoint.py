@@ -135,15 +135,13 @@ class Checkpoints:
         """Write the checkpoint of `step`, then delete those that are neither recent nor `best`.
 
         Raises:
-            CheckpointError: when it cannot be written; names the previous one, which is intact.
+            CheckpointError: when it cannot be written; names the last good one.
         """
         try:
             _create(self.folder)
             save_checkpoint(self.path(step), {"run": self.run_id, "step": step, **state})
         except CheckpointError as error:
-            before = self.steps()
-            kept = f"{self.path(before[0])} is intact" if before else "there was none before"
-            raise CheckpointError(f"{error}; {kept}") from error
+            raise CheckpointError(f"{error}; {self.last_good()}") from error
         # Checkpoints of later steps were refused when the run was resumed.
         past = [other for other in self.steps() if other <= step]
         for old in past[self.keep :]:
@@ -182,6 +180,14 @@ class Checkpoints:
                 "resume: the run begins at step 0"
             )
         return None, []
+
+    def last_good(self) -> str:
+        """A phrase that names the newest checkpoint that can be trusted."""
+        with suppress(CheckpointError, MemoryError):
+            state, _ = self.newest("cpu")
+            if state is not None:
+                return f"the last good checkpoint is {self.path(state['step'])}"
+        return "there is no good checkpoint before it"
 
 
 def _create(folder: Path) -> None:

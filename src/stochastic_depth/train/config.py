@@ -34,13 +34,15 @@ class DataConfig:
     root: Path | None = None
     """The folder of the data set, in any of its public layouts."""
     validation: int | None = None
-    """How many training images are held out for validation (none: as many as in the paper)."""
+    """How many training images are held out for validation (none: 5,000 for CIFAR, 6,000 for SVHN,
+    100 for digits, 0 for folders of pictures)."""
     train: int | None = None
     """Train on a fixed random subset of this many images (none: all images)."""
     size: int | None = None
     """Reduce the images to this many pixels a side (none: their own size)."""
     augment: bool | None = None
-    """Randomly crop and flip the training images (none: where the paper does so)."""
+    """Randomly crop and flip the training images (none: those of all data sets but SVHN and
+    digits)."""
     download: bool = False
     """Fetch the data set into `root` if it is not there."""
     workers: int = 4
@@ -201,6 +203,12 @@ class Config:
         positive("epochs", self.epochs)
         positive("evaluate-every", self.evaluate_every)
         positive("keep", self.keep)
+        if self.epochs <= self.optimizer.warmup_epochs:
+            raise ConfigError(
+                f"optimizer.warmup-epochs is {self.optimizer.warmup_epochs:g} and epochs is "
+                f"{self.epochs}: nothing would be trained at optimizer.learning-rate; give fewer "
+                "--optimizer.warmup-epochs, or more --epochs"
+            )
         subsets = self.survival.gate == "subset" and not self.survival.balance
         if self.distributed.sync_batchnorm and subsets:
             raise ConfigError(
@@ -221,6 +229,11 @@ class Config:
                     f"out, or {instead}"
                 )
 
+        why, instead = f"data.name is {self.data.name}", "take a recipe of another data set"
+        if self.data.name == "digits":
+            add("data", self.data, ["download"], f"{why}, which is embedded", instead)
+        if self.data.name not in ("imagenet", "folder"):
+            add("data", self.data, ["workers"], f"{why}, which is read into memory", instead)
         kind, optimizer = f"model.kind is {self.model.kind}", self.optimizer
         if self.model.kind == "densenet":
             add("model", self.model, ["init"], kind, "take a recipe of another network")
@@ -247,10 +260,6 @@ class Config:
         if not optimizer.milestones:
             why, instead = "optimizer.milestones is empty", "give --optimizer.milestones"
             add("optimizer", optimizer, ["divisor"], why, instead)
-        if optimizer.warmup_epochs >= self.epochs:
-            why = f"optimizer.warmup-epochs is {optimizer.warmup_epochs:g} and epochs {self.epochs}"
-            names = ["learning_rate", "milestones", "divisor"]
-            add("optimizer", optimizer, names, why, "give fewer --optimizer.warmup-epochs")
         unused = self.survival.schedule.unused()
         return found | {f"schedule.{name}": problem for name, problem in unused.items()}
 

@@ -15,9 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from stochastic_depth.draw import (
-    open_shares,
-)
+from stochastic_depth.draw import open_shares
 from stochastic_depth.plain_text import escaped
 from stochastic_depth.train.journal import Record
 from stochastic_depth.train.run_folder import Run

@@ -7,9 +7,7 @@ from itertools import groupby
 from torch import Tensor
 
 from stochastic_depth.data.folder_batches import is_worker_death, worker_death
-from stochastic_depth.draw import (
-    open_shares,
-)
+from stochastic_depth.draw import open_shares
 from stochastic_depth.errors import (
     DivergedError,
     EngineError,
@@ -27,8 +25,8 @@ from stochastic_depth.train.train_state import TrainState
 def diverged(run: Run, step: int, what: str) -> DivergedError:
     """The error for a value that is not finite, in `step` or after it."""
     return DivergedError(
-        f"{what} is not finite at step {step} of {run.path}; {last_good(run)}. Try a lower "
-        "--optimizer.learning-rate, a --optimizer.warmup-epochs or --schedule warmup"
+        f"{what} is not finite at step {step} of {run.path}; {run.checkpoints.last_good()}. Try a "
+        "lower --optimizer.learning-rate, a --optimizer.warmup-epochs or --schedule warmup"
     )
 
 
@@ -51,8 +49,8 @@ def as_out_of_memory_error(run: Run, train_state: TrainState) -> Iterator[None]:
         gates = "in evaluation" if evaluating else open_blocks(train_state.gates_at(step))
         raise OutOfMemoryError(
             f"out of memory at step {step} of {run.path} ({gates}): {first_line(error)[:200]}; "
-            f"{last_good(run)}. Resume where there is more memory, or begin a run with a lower "
-            f"--optimizer.batch (it is {config.optimizer.batch}), --data.workers "
+            f"{run.checkpoints.last_good()}. Resume where there is more memory, or begin a run "
+            f"with a lower --optimizer.batch (it is {config.optimizer.batch}), --data.workers "
             f"({config.data.workers}) or --precision bfloat16 ({train_state.runtime.precision})"
         ) from error
 
@@ -110,11 +108,3 @@ def open_blocks(gates: Tensor) -> str:
     runs = [list(group) for _, group in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
     ranges = [f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else f"{run[0][1]}" for run in runs]
     return f"blocks {', '.join(ranges)} of {len(gates)} open"
-
-
-def last_good(run: Run) -> str:
-    """A phrase that names the last checkpoint."""
-    steps = run.checkpoints.steps()
-    if not steps:
-        return "there is no checkpoint before it"
-    return f"the last good checkpoint is {run.checkpoints.path(steps[0])}"

@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from stochastic_depth.errors import RunError
-from stochastic_depth.files import LARGE, is_there, open_for_appending, read_file, reading, reason
+from stochastic_depth.files import (
+    LARGE,
+    is_there,
+    open_for_appending,
+    read_file,
+    reading,
+    reason,
+    sync_folder,
+)
 
 _LINE = re.compile(rb'(\{.*), "sha256": "([0-9a-f]{64})"\}')
 
@@ -100,6 +108,8 @@ def append_record(path: Path, record: Record, before: str) -> str:
                 if file.write(line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(file.fileno())
+                if length == 0:  # it may be new
+                    sync_folder(path.parent)
             except OSError:
                 os.ftruncate(file.fileno(), length)
                 raise
@@ -123,9 +133,11 @@ def truncate_journal(path: Path, run_id: str, last: str) -> None:
     if last != run_id:
         checksums = [checksum for _, checksum in lines]
         if last not in checksums:
+            left = max((record.step for record in read_journal(path, run_id)), default=0)
             raise RunError(
                 f"{path} does not have the line that was its last one when the checkpoint was "
-                "written: lines are missing. Nothing was changed; put the original back"
+                "written: lines are missing. Nothing was changed; put the original back, or delete "
+                f"the checkpoints of steps after {left}, and resume"
             )
         length = sum(len(line) + 1 for line, _ in lines[: checksums.index(last) + 1])
     if not is_there(path):

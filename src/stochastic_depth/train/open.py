@@ -94,18 +94,19 @@ def trained_model(
     records, steps = run.records(), run.checkpoints.steps()
     whole = run.config.epochs * images.steps_per_epoch
     finished = bool(records) and records[-1].step == whole and is_there(run.weights)
-    if records and not steps and not finished:
+    newest = records[-1].step if finished else max(steps, default=0)
+    evaluated = [record for record in records if record.step <= newest]
+    if len(records) > 1 and not newest:  # the first one is written before its checkpoint
         raise CheckpointError(
             f"{run.path} has no checkpoints left: put a copy of {run.checkpoints.folder} in its "
             "place, or train another run"
         )
-    if not records or not (steps or finished):
+    if not evaluated:
         raise CheckpointError(
             f"{run.path} has no evaluated checkpoint yet: go on with it by "
             f"stochastic-depth train --resume {run.path}"
         )
-    newest = records[-1].step if finished else steps[0]
-    step = best_record(records).step if which == "best" else newest
+    step = best_record(evaluated).step if which == "best" else newest
     if step == newest and step not in steps:
         model, handle = build_network(run.config, run.runtime, images)
         with as_checkpoint_error(step):

@@ -84,15 +84,16 @@ class Run:
         """Remove the folder if nothing was written since it was created."""
         if not is_there(self.path):
             return
-        if set(names_in(self.path)) - {layout.CONFIG, layout.CHECKPOINTS, layout.LOCK}:
-            return
-        if names_in(self.checkpoints.folder):
-            return
-        with self.writing(), suppress(OSError):  # where it cannot be removed, it stays
-            (self.path / layout.CONFIG).unlink()
-            self.checkpoints.folder.rmdir()
-            (self.path / layout.LOCK).unlink()
-            self.path.rmdir()
+        with suppress(OSError):  # where it cannot be removed, or is behind a link, it stays
+            if set(names_in(self.path)) - {layout.CONFIG, layout.CHECKPOINTS, layout.LOCK}:
+                return
+            if names_in(self.checkpoints.folder):
+                return
+            with self.writing():
+                (self.path / layout.CONFIG).unlink()
+                self.checkpoints.folder.rmdir()
+                (self.path / layout.LOCK).unlink()
+                self.path.rmdir()
 
     @contextmanager
     def writing(self) -> Iterator[Callable[[], None]]:
@@ -238,12 +239,12 @@ def checksum(description: dict[str, Any]) -> str:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raise an error if `path` exists, unless it is an empty folder.
+    """Raise an error if `path` exists, unless it is an empty folder, and not the current one.
 
     Raises:
         RunError: with advice on what to do.
     """
-    if not is_there(path) or _is_empty_folder(path):
+    if not is_there(path) or _is_replaceable(path):
         return
     if is_there(path / layout.CONFIG):
         raise RunError(
@@ -252,9 +253,10 @@ def refuse_existing(path: Path) -> None:
     raise RunError(f"{path} exists already, and is not a run: choose another --run")
 
 
-def _is_empty_folder(path: Path) -> bool:
+def _is_replaceable(path: Path) -> bool:
+    """Whether `path` is an empty folder, and not the current one: a shell would stay in the old."""
     try:
-        return not names_in(path)
+        return not names_in(path) and not path.samefile(os.curdir)
     except OSError:
         return False
 

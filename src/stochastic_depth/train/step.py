@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from stochastic_depth.data import Batches
 from stochastic_depth.data.batching import Part
 from stochastic_depth.distributed.world import ranks, total
-from stochastic_depth.draw import (
-    open_shares,
-)
+from stochastic_depth.draw import open_shares
 from stochastic_depth.torch_private import norms
 from stochastic_depth.train.runtime import Runtime
 

@@ -77,3 +77,12 @@ def test_without_its_library_there_is_no_network(name, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match=f"pip install {module}"):
         peers(name, 20, 0.5, 2, 32, CPU)
+
+
+def test_every_step_of_ours_has_the_expected_number_of_open_blocks():
+    step = small("cifar-resnet", 0.5)[0][OURS]
+    counts = set()
+    for _ in range(6):
+        step()
+        counts.add(int(step.handle.gates.sum()))
+    assert counts <= {6, 7}  # 6.5 of 9 blocks at linear decay to 0.5

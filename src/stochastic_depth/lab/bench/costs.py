@@ -12,7 +12,6 @@ from rich.table import Table
 from stochastic_depth.lab.bench.results import (
     MEMORY,
     bench_table,
-    clock,
     time_in_turns,
     with_progress,
 )
@@ -62,7 +61,7 @@ def step_costs(
     steps = build()
     for step in steps.values():  # allocate and choose algorithms once
         step()
-    timed = time_in_turns(steps, repeats, console, clock(runtime), warmup=0)
+    timed = time_in_turns(steps, repeats, console, runtime, warmup=0)
     del steps
     counted = counted or repeats
 

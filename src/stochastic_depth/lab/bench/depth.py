@@ -156,7 +156,7 @@ def measure(options: DepthOptions, runtime: Runtime, console: Console) -> DepthR
         for kind, depth in with_progress(alternatives, len(alternatives), console, "memory")
     }
     steps = {f"{k} {d}": step for (k, d), step in training_steps(depths, workload).items()}
-    timed = time_in_turns(steps, options.repeats, console, warmup=2)
+    timed = time_in_turns(steps, options.repeats, console, runtime, warmup=2)
     result = DepthResult(
         depths,
         {k: [_an_image(timed.timings[f"{k} {d}"], options.batch) for d in depths] for k in KINDS},

@@ -13,7 +13,6 @@ from stochastic_depth.lab.bench.costs import step_flops
 from stochastic_depth.lab.bench.results import (
     Rounds,
     bench_table,
-    clock,
     milliseconds,
     time_in_turns,
     with_progress,
@@ -140,7 +139,7 @@ def measure(options: EnginesOptions, runtime: Runtime, console: Console) -> Engi
     count = len(there) * len(SHARES)
     built = with_progress(engine_steps(options.depth, workload, there), count, console, "building")
     steps = {f"{name} {100 * share:.0f} %": step for name, share, step in built}
-    timed = time_in_turns(steps, options.repeats, console, clock(runtime))
+    timed = time_in_turns(steps, options.repeats, console, runtime)
     reached = machine_peak(runtime, workload.step(PlainResNet(options.depth)))
     return EnginesResult(timed, there, absent, reached)
 

@@ -91,7 +91,7 @@ class OverheadResult:
 def measure(options: OverheadOptions, runtime: Runtime, console: Console) -> OverheadResult:
     """Time the library with all gates open against the same network written without it."""
     steps = overhead_steps(options.depth, Workload(options.batch, options.size, 3, runtime))
-    timed = time_in_turns(steps, options.repeats, console)
+    timed = time_in_turns(steps, options.repeats, console, runtime)
     return OverheadResult(timed, closed_unit_seconds())
 
 

@@ -1,6 +1,9 @@
-"""Time the same network as this library and as other libraries train it."""
+"""Time the same network as this library and as other libraries train it.
 
-import statistics
+The gates of this library are balanced, so that every step has the expected number of open blocks:
+independent coins take the same time in the mean over many steps, but a benchmark has a dozen.
+"""
+
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +17,7 @@ from torch import nn
 from stochastic_depth.choices import GateKind
 from stochastic_depth.errors import ApplyError, MissingExtraError, first_line
 from stochastic_depth.extras import require
-from stochastic_depth.lab.bench.results import MEMORY, Rounds, clock, table_of, time_in_turns
+from stochastic_depth.lab.bench.results import MEMORY, Rounds, table_of, time_in_turns
 from stochastic_depth.lab.bench.workload import (
     PlainResNet,
     Step,
@@ -77,9 +80,9 @@ def cifar_resnet_peers(
     if workload.runtime.engine != "eager":
         by_autograd = CifarResNet(depth, channels=workload.channels)
         copy_weights(ours, by_autograd)
-        apply(by_autograd, linear_decay)
+        apply(by_autograd, linear_decay, balance=True)
         steps[f"{OURS}, eager engine"] = workload.step(by_autograd)
-    steps[OURS] = workload.engine_step(ours, linear_decay)
+    steps[OURS] = workload.engine_step(ours, linear_decay, balance=True)
     return steps, missing
 
 
@@ -110,7 +113,14 @@ def timm_peers(name: str, rate: float, workload: Workload) -> dict[str, Step]:
         copy_weights(constant, model)
         if gate is not None:
             survival = "own" if rate else Uniform(1.0)
-            apply(model, survival, example=workload.images()[:2], gate=gate, scale="training")
+            apply(
+                model,
+                survival,
+                example=workload.images()[:2],
+                gate=gate,
+                balance=gate == "batch",
+                scale="training",
+            )
         steps[peer] = workload.step(model)
     return {CONSTANT: workload.step(constant), **steps}
 
@@ -144,7 +154,8 @@ def x_transformer_peers(
         copy_weights(constant, model)
         try:
             if model is ours:
-                apply(model, Uniform(1 - rate), example=inputs[:2], granularity="unit")
+                survival = Uniform(1 - rate)
+                apply(model, survival, example=inputs[:2], granularity="unit", balance=True)
         except ApplyError as error:
             missing[name] = first_line(error)
             continue
@@ -230,19 +241,19 @@ class PeersResult:
         return OURS if OURS in self.timed.timings else None
 
     def to_json(self) -> dict[str, Any]:
-        timings, ours = self.timed.timings, self.ours
-        means = {name: statistics.fmean(timing.seconds) for name, timing in timings.items()}
+        ours = self.ours
+        medians = {name: timing.median for name, timing in self.timed.timings.items()}
         return {
             **self.timed.to_json(),
             "batch": self.batch,
             "size": self.size,
             "rate": self.rate,
             "libraries": {name: _version(name) for name in self.network.libraries},
-            f"{self.network.unit}_per_second": {n: self.count / mean for n, mean in means.items()},
+            f"{self.network.unit}_per_second": {n: self.count / m for n, m in medians.items()},
             "memory_bytes": dict(self.memory),
             "memory": f"{MEMORY}; mean of 5",
             "ours_is_faster_by": {
-                name: mean / means[ours] for name, mean in means.items() if ours and name != ours
+                name: m / medians[ours] for name, m in medians.items() if ours and name != ours
             },
             "missing": dict(self.missing),
         }
@@ -255,7 +266,7 @@ def measure(options: PeersOptions, runtime: Runtime, console: Console) -> PeersR
     batch, size = options.batch or network.batch, options.size or network.size
     with console.status(f"building {options.network}"):
         steps, missing = peers(options.network, options.depth, rate, batch, size, runtime)
-    timed = time_in_turns(steps, options.repeats, console, clock(runtime))
+    timed = time_in_turns(steps, options.repeats, console, runtime)
     with console.status("memory"):
         memory = {name: step_memory(step, runtime.device) for name, step in steps.items()}
     return PeersResult(timed, memory, network, batch, size, rate, missing)
@@ -269,6 +280,7 @@ def tables(result: PeersResult, options: PeersOptions, runtime: Runtime) -> Iter
     )
     timings, unit = result.timed.timings, result.network.unit
     yield table_of(title, runtime, timings, result.count, unit, result.memory, result.ours)
+    yield "every step of ours has the expected number of open blocks (balanced gates)"
     yield f"memory: {MEMORY}; mean of 5"
     for name, reason in result.missing.items():
         yield f"{name}: {reason}"

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.draw import (
-    draw,
-)
+from stochastic_depth.draw import draw
 from stochastic_depth.lab.bench.workload import saved_for_backward
 from stochastic_depth.surgery import Summary, handle_of
 from stochastic_depth.surgery.example import caller, preserve_state, total

@@ -5,7 +5,6 @@ The module of a benchmark has two functions: `measure(options, runtime, console)
 """
 
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -81,11 +80,12 @@ def time_in_turns(
     steps: Mapping[str, Callable[[], object]],
     repeats: int,
     console: Console,
-    by: Callable[[], float] = time.perf_counter,
+    runtime: Runtime,
     warmup: int = 3,
     doing: str = "timing",
 ) -> Rounds:
     """Time every step once in each of `repeats` rounds, with a progress bar on a terminal."""
+    by = clock(runtime)
     turns = take_turns(steps, repeats, warmup, by)
     return Rounds(list(with_progress(turns, repeats, console, doing)), by.__name__)
 
@@ -111,7 +111,7 @@ def table_of(
     memory: Mapping[str, float] | None = None,
     relative_to: str | None = None,
 ) -> Table:
-    """Medians, quartiles, units per second, memory, and how much faster one of the alternatives is.
+    """Medians and quartiles, memory, and from the medians units per second and ratios.
 
     Args:
         count: units in a step.
@@ -122,18 +122,17 @@ def table_of(
     table = bench_table(title, runtime, "", "median\nms", "quartiles\nms", f"\n{unit}/s", *more)
     for name, timing in timings.items():
         low, high = timing.quartiles
-        mean = statistics.fmean(timing.seconds)
         row = [
             name,
             milliseconds(timing.median),
             f"{milliseconds(low)}-{milliseconds(high)}",
-            f"{count / mean:,.0f}",
+            f"{count / timing.median:,.0f}",
         ]
         if memory is not None:
             row.append(f"{memory[name] / 2**20:,.1f}")
         if relative_to:
-            ours = statistics.fmean(timings[relative_to].seconds)
-            row.append("" if name == relative_to else f"{mean / ours:.2f} x")
+            faster = timing.median / timings[relative_to].median
+            row.append("" if name == relative_to else f"{faster:.2f} x")
         table.add_row(*row)
     return table
 

@@ -56,14 +56,16 @@ class Workload:
         model: CifarResNet,
         survival: Survival | None = None,
         gates: Sequence[bool] | None = None,
+        balance: bool = False,
     ) -> "EngineStep":
         """A training step of `model` as `train` takes it, by the engine of `runtime`.
 
         Args:
             survival: the survival probabilities of its blocks; constant depth when not given.
             gates: the gates of every step; they are drawn when not given.
+            balance: whether every step has the expected number of open blocks.
         """
-        handle = None if survival is None else apply(model, survival)
+        handle = None if survival is None else apply(model, survival, balance=balance)
         labels = torch.arange(self.batch) % 10
         step = EngineStep(model, handle, self.images(), labels, self.runtime)
         if handle is not None and gates is not None:

@@ -1,0 +1,87 @@
+"""What is compared between runs, and by which average."""
+
+from dataclasses import replace
+
+import pytest
+
+from stochastic_depth.lab.outcomes import RunOutcome, interval_steps
+from stochastic_depth.lab.training_curves import training_time
+from stochastic_depth.train import layout
+from stochastic_depth.train.schedule_config import ScheduleConfig
+
+LENGTHS = [100, 100, 100, 7]
+"""Steps between evaluations; the training ends before the fourth hundred."""
+
+
+def timed(series, seconds, active=(4.0, 4.0, 4.0, 6.0)):
+    """The series, as if its intervals had these lengths and each step of them these seconds."""
+    runs = []
+    for run in series.runs:
+        records, step = [], 0
+        for steps, each, blocks in zip(LENGTHS, seconds, active, strict=True):
+            step += steps
+            interval = {"step": step, "seconds": steps * each, "active_blocks": blocks}
+            records.append(replace(run.records[-1], **interval))
+        runs.append(replace(run, records=tuple(records)))
+    return replace(series, runs=tuple(runs))
+
+
+def scheduled(series):
+    early = replace(series.survival, schedule=ScheduleConfig(kind="early", until=0.3))
+    return replace(series, survival=early)
+
+
+@pytest.mark.parametrize("kind", [lambda series: series, scheduled])
+@pytest.mark.parametrize("seconds", [(0.1, 0.1, 0.1, 0.1), (0.1, 5.0, 0.1, 0.1)])
+def test_series_that_take_equal_seconds_save_nothing(experiment, kind, seconds):
+    series = tuple(timed(one, seconds) for one in experiment.series)
+    experiment = replace(experiment, series=(series[0], kind(series[1])))
+    assert experiment.time_saved(experiment.stochastic[0]) == pytest.approx(0)
+
+
+def test_without_a_schedule_the_median_leaves_out_a_disturbed_interval(experiment):
+    constant, stochastic = experiment.series
+    series = timed(constant, (0.2, 9.0, 0.2, 0.2)), timed(stochastic, (0.1, 0.1, 0.1, 3.0))
+    experiment = replace(experiment, series=series)
+    assert experiment.time_saved(series[1]) == pytest.approx(0.5)
+    assert experiment.interval_seconds(series[0]) == pytest.approx(100 * 0.2)
+    assert training_time(experiment).sentence.startswith("The median epoch takes")
+
+
+def test_under_a_schedule_every_series_is_averaged_over_all_steps(experiment):
+    constant, stochastic = experiment.series
+    series = timed(constant, (0.2, 0.2, 0.2, 0.2)), timed(stochastic, (0.1, 0.2, 0.2, 0.2))
+    experiment = replace(experiment, series=(series[0], scheduled(series[1])))
+    mean = (100 * 0.1 + 207 * 0.2) / 307
+    assert experiment.time_saved(experiment.series[1]) == pytest.approx(1 - mean / 0.2)
+    figure = training_time(experiment)
+    assert figure.sentence.startswith("The mean epoch takes")
+    assert "Bars: their mean." in figure.note
+
+
+def test_active_blocks_are_averaged_over_steps(experiment):
+    (run, *_) = timed(experiment.series[1], (0.1, 0.1, 0.1, 0.1)).runs
+    assert interval_steps(run.records) == LENGTHS
+    assert RunOutcome.of(run.records).active_blocks == pytest.approx((300 * 4 + 7 * 6) / 307)
+
+
+def test_a_kind_whose_runs_all_failed_does_not_hold_up_the_others(experiment, tmp_path):
+    constant, stochastic = experiment.series
+    failed = tmp_path / "failed"
+    failed.mkdir()
+    (failed / layout.FAILED).write_text("the loss is nan\n")
+    (run, *_) = stochastic.runs
+    broken = replace(
+        run, run=replace(run.run, path=failed), records=run.records[:1], finished=False
+    )
+    other = replace(
+        stochastic,
+        name="uniform 0.1",
+        survival=replace(stochastic.survival, rule="uniform", final=0.1),
+        runs=(broken,),
+    )
+    now = replace(experiment, series=(constant, stochastic, other)).comparable()
+    assert now == experiment.comparable()
+    assert now.progress == ""
+    alone = replace(experiment, series=(other,))
+    assert [one.records for one in alone.comparable().runs] == [run.records[:1]]
