@@ -242,3 +242,34 @@ def test_a_way_that_runs_nothing_is_not_warned_of():
         assert torch.equal(model(x, torch.ones(6)), x)
         with pytest.raises(ValueError, match="two dimensions"):
             model(x[None])
+
+
+class Forces(Through):
+    """Differentiates its energy in its forward method, as models of molecules do."""
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        energy = super().forward(x).square().sum(1)
+        return energy, -torch.autograd.grad(energy.sum(), x, create_graph=True)[0]
+
+
+class HooksTensor(Through):
+    """Registers a hook on a tensor in its forward method."""
+
+    def forward(self, x):
+        x = super().forward(x + self.blocks[0].f.bias)
+        x.register_hook(lambda gradient: gradient.clamp(-1, 1))
+        return x
+
+
+@pytest.mark.parametrize("kind", [Forces, HooksTensor])
+@pytest.mark.parametrize("gate", ["batch", "subset"])
+def test_a_model_that_runs_only_with_gradients_is_made_skippable(kind, gate):
+    model, x = kind(InIf), torch.randn(4, 6)
+    assert sd.plan(model, x).complete
+    handle = sd.apply(model, example=x, gate=gate)
+    sd.verify(model, x, repeats=1)
+    with handle.forced([False] * 3):
+        closed = model(x)
+    expected = (x.square().sum(1), -2 * x) if kind is Forces else x + model.blocks[0].f.bias
+    torch.testing.assert_close(closed, expected)
