@@ -22,6 +22,7 @@ from stochastic_depth.surgery.record.branch_source import (
     Edits,
     locate,
     with_copies,
+    with_not_shown,
 )
 from stochastic_depth.surgery.record.branches import Analysis, Execution, Occurrence
 from stochastic_depth.surgery.record.rejected import (
@@ -120,7 +121,9 @@ class _Search:
         first = additions[0]
         return replace(
             first,
-            edits=with_copies(self.recording, first.edits, executions),
+            edits=with_not_shown(
+                with_copies(self.recording, first.edits, executions), analysis.sites
+            ),
             begins_elsewhere=any(each.begins_elsewhere for each in additions),
             modules=tuple(name for each in additions for name in each.modules),
             parameters=frozenset[str]().union(*(each.parameters for each in additions)),
