@@ -434,3 +434,12 @@ def test_an_example_that_does_not_fit_is_told_with_what_would(verb, example) -> 
     with pytest.raises(sd.errors.ExampleError, match=r"does not run on the example .*example= is"):
         verb(model, example=example)
     assert is_untouched(model)
+
+
+@pytest.mark.parametrize("verb", [sd.apply, sd.plan])
+def test_lazy_layers_are_to_be_run_once_before(verb) -> None:
+    model, x = nn.Sequential(Shifted(), Shifted(), nn.LazyLinear(2)), torch.randn(4, 3)
+    with pytest.raises(sd.errors.ExampleError, match="run the model once, before this"):
+        verb(model, example=x)
+    model(x)
+    verb(model, example=x)

@@ -102,6 +102,18 @@ class Views(Experts):
         return self.out(torch.cat([self.experts[0](h)[:, :3], self.experts[1](h)[:, 3:]], 1))
 
 
+class InOneExpression(Assigned):
+    """As graph networks sum messages."""
+
+    def forward(self, x):
+        rows = torch.arange(len(x)).flip(0)
+        out = torch.zeros_like(x).index_add_(0, rows, self.experts[0](x[rows]))
+        return x + self.out(torch.cat([out[:, :3], x[:, 3:]], 1))
+
+    def mixed(self, x):
+        return self.out(torch.cat([self.experts[0](x)[:, :3], x[:, 3:]], 1))
+
+
 class Network(nn.Module):
     def __init__(self, kind: type[Experts]) -> None:
         super().__init__()
@@ -144,6 +156,7 @@ class Inside(nn.Module):
 
 NETWORKS = [
     *((Network, kind) for kind in (Assigned, AddedTo, ThenALayer, InAMethod, Views)),
+    (Network, InOneExpression),
     (InTheTrunk, Assigned),
 ]
 

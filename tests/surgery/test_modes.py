@@ -242,3 +242,120 @@ def test_a_way_that_runs_nothing_is_not_warned_of():
         assert torch.equal(model(x, torch.ones(6)), x)
         with pytest.raises(ValueError, match="two dimensions"):
             model(x[None])
+
+
+class Decoder(Branching):
+    """Has a further addition if there is a context."""
+
+    def __init__(self):
+        super().__init__()
+        self.cross, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x, context=None):
+        x = x + self.f(x)
+        if context is not None:
+            x = x + self.cross(context)
+        return x + self.last(x)
+
+
+class DecoderInSteps(Decoder):
+    def forward(self, x, context=None):
+        shortcut = x
+        x = self.f(x)
+        x = shortcut + x
+        if context is not None:
+            shortcut = x
+            x = self.cross(context)
+            x = shortcut + torch.relu(x)
+        return x
+
+
+class DecoderInPlace(Decoder):
+    def forward(self, x, context=None):
+        x = x + self.f(x)
+        if context is not None:
+            x += self.cross(context)
+        return x + self.last(x)
+
+
+@pytest.mark.parametrize("kind", [Decoder, DecoderInSteps, DecoderInPlace])
+def test_an_addition_that_the_example_does_not_reach_is_warned_of_where_it_runs(kind):
+    model, x, context = Through(kind), torch.randn(4, 6), torch.ones(4, 6)
+    handle = sd.apply(model, example=x)
+    warned = pytest.warns(
+        sd.errors.BypassedAdditionWarning,
+        match=f"{kind.__name__}.forward, line .* on a path that it does not take on the example",
+    )
+    with handle.forced([False] * 3):
+        assert torch.equal(model(x), x)
+        with warned:
+            assert not torch.equal(model(x, context), x)
+    with handle.forced([True] * 3):
+        model(x, context)
+    with warned:
+        model.eval()(x, context)
+    sd.remove(model)
+    handle = sd.apply(model, example=(x, context))
+    with handle.forced([False] * 3):
+        assert torch.equal(model(x, context), x)
+
+
+class Positions(Branching):
+    """Its further additions run on the example, or add nothing that a module computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.position, self.noise = nn.Embedding(6, 6), nn.Dropout(0.5)
+
+    def forward(self, x, bias=None):
+        x = x + self.position(torch.arange(6)).mean(0)
+        if bias is not None:
+            x = x + torch.relu(bias)
+        return x + self.f(x)
+
+
+class AddsNoise(Positions):
+    def forward(self, x, bias=None):
+        if self.training:
+            x = x + self.noise(torch.ones_like(x))
+        return x + self.f(x)
+
+
+@pytest.mark.parametrize("kind", [Positions, AddsNoise])
+def test_an_addition_that_is_no_branch_is_not_warned_of(kind):
+    model, x = Through(kind), torch.randn(4, 6)
+    handle = sd.apply(model, example=x)
+    for training in (False, True):
+        with handle.forced([False] * 3):
+            model.train(training)(x, torch.ones(6))
+
+
+class Forces(Through):
+    """Differentiates its energy in its forward method, as models of molecules do."""
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        energy = super().forward(x).square().sum(1)
+        return energy, -torch.autograd.grad(energy.sum(), x, create_graph=True)[0]
+
+
+class HooksTensor(Through):
+    """Registers a hook on a tensor in its forward method."""
+
+    def forward(self, x):
+        x = super().forward(x + self.blocks[0].f.bias)
+        x.register_hook(lambda gradient: gradient.clamp(-1, 1))
+        return x
+
+
+@pytest.mark.parametrize("kind", [Forces, HooksTensor])
+@pytest.mark.parametrize("gate", ["batch", "subset"])
+def test_a_model_that_runs_only_with_gradients_is_made_skippable(kind, gate):
+    model, x = kind(InIf), torch.randn(4, 6)
+    assert sd.plan(model, x).complete
+    handle = sd.apply(model, example=x, gate=gate)
+    sd.verify(model, x, repeats=1)
+    with handle.forced([False] * 3):
+        closed = model(x)
+    expected = (x.square().sum(1), -2 * x) if kind is Forces else x + model.blocks[0].f.bias
+    torch.testing.assert_close(closed, expected)

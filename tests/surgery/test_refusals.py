@@ -60,6 +60,11 @@ class TossesACoin(Plain):
         return super().forward(x)
 
 
+class RunsInEvaluationOnly(Plain):
+    def forward(self, x):
+        return x if self.training else super().forward(x)
+
+
 class Fuses(Plain):
     """In training it adds in a way that is no addition."""
 
@@ -157,7 +162,7 @@ class Steps(nn.Module):
 KINDS = {
     Shows: "needed for more than the addition",
     Routes: "written into another tensor in place",
-    TossesACoin: "the model itself leaves it out",
+    RunsInEvaluationOnly: "in 4 of 4 passes in training mode the model itself leaves it out",
     Fuses: "in training mode",
     LeavesInside: "its branch sets 'loss' of",
 }
@@ -190,6 +195,13 @@ def test_the_advice_of_a_refused_block_makes_the_model_apply(kind):
         sd.apply(Model(kind), sd.Uniform(0.5), example=x)
     assert "exclude=['']" not in str(refused.value)
     assert applies(lambda: Model(kind), x, str(refused.value)) == ["blocks.0", "blocks.1"]
+
+
+def test_where_chance_leaves_blocks_out_no_block_is_named_that_it_may_have_spared():
+    with pytest.raises(sd.errors.UnsupportedBlockError) as refused:
+        sd.apply(Model(TossesACoin), sd.Uniform(0.5), example=torch.randn(3, WIDTH))
+    assert "set the model's own layer drop or drop path to 0" in str(refused.value)
+    assert "exclude=" not in str(refused.value)
 
 
 class Noise(nn.Module):

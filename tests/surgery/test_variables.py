@@ -26,6 +26,8 @@ CHANGES = [
     "del x",
     "y = x.relu_()",
     "y = torch.nn.init.zeros_(x)",
+    "y = self.softmax(x).mul_(h)",
+    "y = torch.zeros_like(x).index_add_(0, h, x.relu_())",
     "y = h.pop()",
     "y = next(h)",
     "y = torch.add(x, 1, out=h)",
@@ -40,6 +42,8 @@ CHANGES_NOTHING = [
     "y = next(self.parameters()).dtype",
     "y = [f(x) for f in self.parts]",
     "y = x.__len__()",
+    "y = torch.zeros_like(x).index_add_(0, h, x)",
+    "y = x.clone().mul_(2).add_(h)",
     "y = self.f(x) if h is None else x[0]",
 ]
 

@@ -13,6 +13,11 @@ NOT_REACHED = (
     "it"
 )
 """The message for a pass that bypasses the addition of a block."""
+NOT_ON_EXAMPLE = (
+    "the model adds here on a path that it does not take on the example, so this is not skipped. "
+    "Give sd.apply an example that takes it"
+)
+"""The message for a pass that makes an addition which the example does not show."""
 BRANCH_NOT_SEEN = (
     "the output of its modules does not reach the addition as one tensor: it is written into "
     "another tensor in place (write it as torch.zeros_like(x).index_put((i,), f(x[i])), or by "
@@ -39,6 +44,8 @@ class AdditionEdit:
     """The calls by which other methods of the module reach this one, innermost first."""
     copies: bool = False
     """Whether to return a copy of the shortcut, because later code may change the sum in place."""
+    not_shown: tuple[SourceLocation, ...] = ()
+    """Additions alike in the same method that the example does not reach."""
 
     def __str__(self) -> str:
         return str(self.location)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,15 @@ from stochastic_depth.torch_private import call_of, set_call
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """The inputs of one forward call: one tensor, positional arguments, or keyword arguments."""
+
+
+NEED_GRADIENTS: WeakSet[nn.Module] = WeakSet()
+"""The models that run only with gradients enabled, because they differentiate in forward."""
+
+
+def gradients_if_needed(model: Callable[..., Any]) -> torch.set_grad_enabled:
+    """While entered, gradients are enabled if they were before, or if `model` needs them."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() or model in NEED_GRADIENTS)
 
 
 def caller(model: Callable[..., Any], example: Example) -> Callable[..., Any]:
@@ -29,9 +39,10 @@ def caller(model: Callable[..., Any], example: Example) -> Callable[..., Any]:
         copies = {id(x): x.detach().clone().requires_grad_(x.requires_grad) for x in tensors}
         given = copy.deepcopy(example, copies)  # which the model may change in place
         seed_everything(seed)
-        if isinstance(given, Mapping):
-            return model(**given)
-        return model(*given) if isinstance(given, tuple) else model(given)
+        with gradients_if_needed(model):
+            if isinstance(given, Mapping):
+                return model(**given)
+            return model(*given) if isinstance(given, tuple) else model(given)
 
     tensors = tensors_in(example)
     return call

@@ -4,16 +4,19 @@ The blocks of a pass in evaluation mode come first (`form_blocks`), then what tr
 them (`training_additions`, `training_blocks`).
 """
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 
 from stochastic_depth.choices import Granularity
+from stochastic_depth.errors import ExampleError
 from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.blocks import FoundBlock, nothing_found, residual_block
-from stochastic_depth.surgery.example import Example, caller, preserve_state
+from stochastic_depth.surgery.example import NEED_GRADIENTS, Example, caller, preserve_state
 from stochastic_depth.surgery.find.branch_parameters import (
     NamedRoutes,
     attribute_parameters,
@@ -25,6 +28,8 @@ from stochastic_depth.surgery.find.form_blocks import BlockSettings, form_blocks
 from stochastic_depth.surgery.find.training_additions import added_in_training
 from stochastic_depth.surgery.find.training_blocks import with_training
 from stochastic_depth.surgery.record.additions import discover
+from stochastic_depth.surgery.record.branch_source import Addition
+from stochastic_depth.surgery.record.branches import Analysis
 from stochastic_depth.surgery.record.rejected import Rejected, listed
 from stochastic_depth.surgery.select_modules import ModuleSelector, select_modules
 
@@ -82,11 +87,12 @@ def find_blocks(
     selected = select_modules(model, include, exclude)
     settings = BlockSettings(dict(model.named_modules()), selected, granularity, defer)
     run = caller(model, example)
-    with preserve_state(model):
-        model.eval()
-        additions, analysis, not_residual = discover(
-            model, run, count_flops=count_flops, gradients=False
-        )
+    try:
+        additions, analysis, not_residual = _added_in_evaluation(model, run, count_flops)
+    except ExampleError:
+        with_gradients = torch.enable_grad()(run)
+        additions, analysis, not_residual = _added_in_evaluation(model, with_gradients, count_flops)
+        NEED_GRADIENTS.add(model)
     pairs, no_blocks = form_blocks(additions, analysis, settings)
     pairs = attribute_parameters(pairs, model, analysis)
     found = [block for block, _ in pairs]
@@ -101,3 +107,11 @@ def find_blocks(
     if not found:
         raise nothing_found(model, example, listed(rejected))
     return Found(found, rejected, routes_of_gradients(pairs, found, analysis))
+
+
+def _added_in_evaluation(
+    model: nn.Module, run: Callable[[], Any], count_flops: bool
+) -> tuple[list[Addition], Analysis, list[Rejected]]:
+    with preserve_state(model):
+        model.eval()
+        return discover(model, run, count_flops=count_flops, gradients=False)

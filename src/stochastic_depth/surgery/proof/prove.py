@@ -10,7 +10,7 @@ from stochastic_depth.block import Block
 from stochastic_depth.choices import GateKind, Scale
 from stochastic_depth.hooks import batch_size
 from stochastic_depth.surgery.blocks import FoundBlock
-from stochastic_depth.surgery.example import Example, caller
+from stochastic_depth.surgery.example import Example, caller, gradients_if_needed
 from stochastic_depth.surgery.install import ungated
 from stochastic_depth.surgery.proof.batch_dimension import check_samples
 from stochastic_depth.surgery.proof.call_counts import calls_if_finite
@@ -59,7 +59,8 @@ def prove(
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return (forward if model.training else model)(*args, **kwargs)
+        with gradients_if_needed(model):
+            return (forward if model.training else model)(*args, **kwargs)
 
     run = caller(call, example)
     batch = None if gate == "batch" else batch_size(example)

@@ -80,8 +80,16 @@ def _passes_reach_every_block(gated: Gated) -> CallCounts:
         passes = [_counted(gated, seed) for seed in range(TRAINING_PASSES)]
     names = {module: name for name, module in gated.model.named_modules()}
     for block in gated.found:
-        if why := _model_skips(block, passes, names):
-            raise unsupported(block.name, block.module, why)
+        if missed := _missed(block, passes, names):
+            error = unsupported(
+                block.name,
+                block.module,
+                f"in {missed} of {len(passes)} passes in training mode the model itself leaves it "
+                "out: set the model's own layer drop or drop path to 0, because sd.apply takes its "
+                "place",
+            )
+            error.of_model = missed < len(passes)  # by chance, which may leave out others too
+            raise error
     return passes[0]
 
 
@@ -195,24 +203,18 @@ def _counted(gated: Gated, seed: int) -> CallCounts:
     return calls
 
 
-def _model_skips(
-    block: FoundBlock, passes: Sequence[CallCounts], names: Mapping[nn.Module, str]
-) -> str:
-    """Why a block does not run in some of `passes`, in which every gate is open; empty if it does.
+def _missed(block: FoundBlock, passes: Sequence[CallCounts], names: Mapping[nn.Module, str]) -> int:
+    """In how many of `passes`, in which every gate is open, a part of a block does not run.
 
     Args:
         names: the names of all modules. If a branch calls no module, the module that adds must run.
     """
+    missed = [0]
     for unit in block.units:
         runs = unit.modules or {names[module] for module, _ in unit.edits if module in names}
-        reached = [any(calls.number[name] for name in runs) for calls in passes]
-        if runs and not all(reached):
-            often = f"{len(reached) - sum(reached)} of {len(reached)}"
-            return (
-                f"in {often} passes in training mode the model itself leaves it out: set the "
-                "model's own layer drop or drop path to 0, because sd.apply takes its place"
-            )
-    return ""
+        if runs:
+            missed.append(sum(not any(p.number[name] for name in runs) for p in passes))
+    return max(missed)
 
 
 def _attributes_set(

@@ -12,6 +12,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from stochastic_depth.errors import ExampleError, StochasticDepthError, first_line
 from stochastic_depth.surgery.addition_functions import ADDITIONS, Side
@@ -21,6 +22,7 @@ from stochastic_depth.surgery.record.branch_source import (
     Edits,
     locate,
     with_copies,
+    with_not_shown,
 )
 from stochastic_depth.surgery.record.branches import Analysis, Execution, Occurrence
 from stochastic_depth.surgery.record.rejected import (
@@ -68,10 +70,16 @@ def discover(
         except StochasticDepthError:
             raise
         except Exception as error:
+            remedy = (
+                "it has lazy layers, whose parameters get their shapes in a first call: run the "
+                "model once, before this"
+                if any(map(is_lazy, [*model.parameters(), *model.buffers()]))
+                else "example= is the inputs of one forward call, a tensor, a tuple of arguments, "
+                "or a mapping of keyword arguments"
+            )
             raise ExampleError(
                 f"{type(model).__name__} does not run on the example ({type(error).__name__}: "
-                f"{first_line(error)}): example= is the inputs of one forward call, a tensor, a "
-                "tuple of arguments, or a mapping of keyword arguments"
+                f"{first_line(error)}): {remedy}"
             ) from error
     analysis = Analysis(search.recording, output, search.sites, search.functions, search.sums)
     return search.result(analysis), analysis, list(search.rejections.rejected.values())
@@ -113,7 +121,9 @@ class _Search:
         first = additions[0]
         return replace(
             first,
-            edits=with_copies(self.recording, first.edits, executions),
+            edits=with_not_shown(
+                with_copies(self.recording, first.edits, executions), analysis.sites
+            ),
             begins_elsewhere=any(each.begins_elsewhere for each in additions),
             modules=tuple(name for each in additions for name in each.modules),
             parameters=frozenset[str]().union(*(each.parameters for each in additions)),

@@ -5,7 +5,7 @@ expressions to edit, and which variables need not be computed while the branch i
 """
 
 import itertools
-from collections.abc import Sequence, Set
+from collections.abc import Container, Sequence, Set
 from dataclasses import dataclass, replace
 from types import FrameType
 
@@ -17,10 +17,11 @@ from stochastic_depth.surgery.edits import (
     CallParameter,
     RewriteEdit,
 )
-from stochastic_depth.surgery.frames import Method, SourceLocation, methods_of
+from stochastic_depth.surgery.frames import CallSite, Method, SourceLocation, methods_of
 from stochastic_depth.surgery.record.branches import AdditionEvent, Execution
 from stochastic_depth.surgery.record.shortcuts import mixing
 from stochastic_depth.surgery.record.trace import Call, Recording, calls_during
+from stochastic_depth.surgery.rewrite.bypassed import not_reached
 from stochastic_depth.surgery.rewrite.syntax import has_one_path
 from stochastic_depth.tensors import tensors_in
 
@@ -172,5 +173,15 @@ def with_copies(recording: Recording, edits: Edits, executions: Sequence[Executi
         return edits
     return tuple(
         (name, replace(edit, copies=True) if isinstance(edit, AdditionEdit) else edit)
+        for name, edit in edits
+    )
+
+
+def with_not_shown(edits: Edits, reached: Container[CallSite]) -> Edits:
+    """`edits`, with the additions alike that are not among those that the pass has `reached`."""
+    return tuple(
+        (name, replace(edit, not_shown=not_reached(edit, reached)))
+        if isinstance(edit, AdditionEdit)
+        else (name, edit)
         for name, edit in edits
     )

@@ -67,11 +67,16 @@ def is_sum_of_two(node: ast.AST) -> bool:
 def node_at(location: SourceLocation, *parts: ast.AST) -> ast.expr | ast.AugAssign | None:
     """The expression, or statement `x += f`, at `location` in one of `parts`; None if not there."""
     for node in (node for part in parts for node in ast.walk(part)):
-        if isinstance(node, ast.BinOp | ast.Call | ast.AugAssign):
-            position = node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
-            if position == location.position:
-                return node
+        if not isinstance(node, ast.BinOp | ast.Call | ast.AugAssign):
+            continue
+        if position_of(node) == location.position:
+            return node
     return None
+
+
+def position_of(node: ast.expr | ast.stmt) -> Any:
+    """Where a node is in its file, as the position of a `SourceLocation`."""
+    return node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
 
 
 def replaced(root: ast.AST, old: ast.AST, new: ast.AST) -> Any:

@@ -22,13 +22,15 @@ _CHANGES = frozenset(
 _OWN_VARIABLES = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)
 _OWN_VARIABLES += (ast.FunctionDef,)
 """Code that has variables of its own."""
-_NEW_TENSORS = frozenset(
+_CREATE = frozenset(
     """
     zeros zeros_like ones ones_like empty empty_like full full_like new_zeros new_ones new_empty
-    new_full clone matmul bmm softmax
+    new_full clone
     """.split()
 )
-"""Names of functions and methods that return a new tensor."""
+"""Names of functions and methods that create a tensor."""
+_NEW_TENSORS = _CREATE | {"matmul", "bmm", "softmax"}
+"""Names of functions and methods that return a new tensor; a module may hold layers so named."""
 
 
 def only_assigns(statement: ast.stmt, own: frozenset[str]) -> bool:
@@ -82,17 +84,30 @@ def _changes(node: ast.AST) -> bool:
 
 
 def _is_in_place(call: ast.Call) -> bool:
-    """Whether a call changes an object, by its name and arguments."""
+    """Whether a call changes an object that exists before, by its name and arguments."""
     name = _function(call)
     advances = name == "next" and any(isinstance(a, ast.Name | ast.Attribute) for a in call.args)
     return (
-        (name.endswith("_") and not name.endswith("__"))
+        (_ends_as_in_place(name) and not _is_just_made(getattr(call.func, "value", None)))
         or name in _CHANGES
         or advances
         or any(
             k.arg == "out" or (k.arg == "inplace" and not _is_false(k.value)) for k in call.keywords
         )
     )
+
+
+def _ends_as_in_place(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _is_just_made(value: ast.expr | None) -> bool:
+    """Whether an expression creates the tensor that it returns, as `torch.zeros_like(x)` does."""
+    match value:
+        case ast.Call(func=ast.Attribute(value=changed)) if _ends_as_in_place(_function(value)):
+            return _is_just_made(changed)
+        case _:
+            return isinstance(value, ast.Call) and _function(value) in _CREATE
 
 
 def _function(call: ast.Call) -> str:
