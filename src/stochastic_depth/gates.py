@@ -162,8 +162,9 @@ class BlockGates:
     def __getstate__(self) -> tuple[None, dict[str, Any]]:
         """A copy is in no forward pass, and no gate is forced in it."""
         evaluation = self.unforced or self.evaluation
-        copied = {"training": None, "evaluation": evaluation, "unforced": None}
-        return None, {**copied, "recall": None}  # which would bring all other blocks along
+        # `recall` would bring all other blocks along.
+        copied = {"training": None, "evaluation": evaluation, "unforced": None, "recall": None}
+        return None, copied
 
 
 def training_gates(

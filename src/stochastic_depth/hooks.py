@@ -56,8 +56,6 @@ class ForwardHooks:
         self.handle, self.blocks, self.routes = handle, handle.blocks, routes
         self._gate_readers = GateReaders(model, handle.blocks)
         handle.forward_pass, handle.running_gates = self.forward_pass, self.running_gates
-        self._is_recalled = False
-        """Whether the blocks ask for the gates of a pass that is recomputed."""
         self._stack: list[_Running] = []
         """The running forward passes, nested."""
         self._passes: list[weakref.ref[ForwardPass]] = []
@@ -154,11 +152,10 @@ class ForwardHooks:
         return None if running is None else running.gates
 
     def _begin(self, running: "_Running", gates: list[Gate], replicated: bool) -> None:
-        if not self._is_recalled:  # not when copied, so that a copied block holds no other block
+        if self.blocks[0].gates[0].recall is None:  # also in a copy, whose blocks have lost it
             for number, block in enumerate(self.blocks):
                 for addition in block.gates:
                     addition.recall = partial(self._recall, number)
-            self._is_recalled = True
         self._in_backward.clear()  # a backward pass that failed may have left an entry
         begun = ForwardPass(self, gates, replicated or gradients_are_awaited(), self._running())
         running.drawn = begun
@@ -234,7 +231,6 @@ class ForwardHooks:
 
     def __getstate__(self) -> dict[str, Any]:  # a copy has no running passes
         nothing: dict[str, Any] = {"_stack": [], "_passes": [], "_in_backward": {}}
-        nothing["_is_recalled"] = False
         return {**self.__dict__, **nothing, "_recent": deque(maxlen=_REMEMBERED)}
 
 

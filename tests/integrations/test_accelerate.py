@@ -79,6 +79,36 @@ def test_each_of_two_models_follows_its_own_optimizer_and_has_its_own_state(tmp_
     assert [(handle.seed, handle.step) for _, _, handle in pairs] == [(1, 1), (2, 2)]
 
 
+def test_a_model_that_the_accelerator_has_let_go_of_keeps_no_file(tmp_path):
+    accelerator = accelerate.Accelerator(cpu=True)
+
+    def prepared():
+        model = CifarResNet(8)
+        sd.apply(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return [*(pair := accelerator.prepare(model, optimizer)), follow(accelerator, *pair)]
+
+    prepared()  # as find_executable_batch_size does, when memory has run out
+    accelerator.free_memory()
+    model, optimizer, _ = prepared()
+    for _ in range(3):
+        accelerator.backward(model(IMAGES[0]).sum())
+        optimizer.step()
+    accelerator.save_state(str(tmp_path))
+    assert [file.name for file in tmp_path.glob("*.json")] == [FILE]
+    accelerator.free_memory()
+    *_, handle = prepared()
+    accelerator.load_state(str(tmp_path))
+    assert handle.step == 3
+
+
+def test_a_model_that_is_not_prepared_is_refused():
+    accelerator, model = accelerate.Accelerator(cpu=True), CifarResNet(8)
+    sd.apply(model)
+    with pytest.raises(sd.errors.ApplyError, match="CifarResNet was not prepared by this"):
+        follow(accelerator, model, torch.optim.SGD(model.parameters()))
+
+
 def test_of_several_applied_modules_in_a_model_each_is_followed_by_itself():
     accelerator = accelerate.Accelerator(cpu=True)
     model = torch.nn.ModuleDict({"encoder": CifarResNet(8), "decoder": CifarResNet(8)})

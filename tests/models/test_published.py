@@ -24,6 +24,9 @@ def mistaken():
     return nn.Linear(2, "x")
 
 
+a_model = nn.Linear(2, 2)
+
+
 def not_a_module():
     return 3
 
@@ -80,6 +83,7 @@ def test_a_mistake_in_a_factory_is_not_blamed_on_how_it_is_called():
         ("nowhere:model", r"'nowhere:model' cannot be imported.*nowhere.*module:function"),
         (f"{__name__}:nothing", r"has no attribute 'nothing'"),
         (f"{__name__}:wants_more", r"cannot be called without arguments.*'width'"),
+        (f"{__name__}:a_model", r"is a model: name a function that returns one"),
         (f"{__name__}:linear", r"no example of its input.*--shape"),
         (f"{__name__}:not_a_module", r"returns int, not a module"),
     ],

@@ -291,7 +291,7 @@ def after_remove_every_gradient_is_sent() -> None:
         assert_same_end(*ends)
 
 
-def an_evaluation_with_gradients_on_one_rank_changes_nothing() -> None:
+def passes_that_do_not_learn_on_one_rank_change_nothing() -> None:
     model, handle = network()
     ddp = DistributedDataParallel(model)
     skip_closed(ddp)
@@ -301,6 +301,8 @@ def an_evaluation_with_gradients_on_one_rank_changes_nothing() -> None:
             sd.summary(model, mini_batch(0)[0])
             model.eval()(mini_batch(0)[0])
             model.train()
+            with torch.no_grad(), handle.full_depth():  # as update_bn does
+                model(mini_batch(0)[0])
         train(ddp, optimizer, mine, range(step, step + 1))
         assert not handle.gates.all()
     assert_same_end(model, alone("paper", range(3)))
@@ -620,7 +622,7 @@ ON_TWO = (
     under_full_depth_every_gradient_is_sent,
     accumulated_gradients_are_sent_when_a_block_was_open_in_any_pass,
     after_remove_every_gradient_is_sent,
-    an_evaluation_with_gradients_on_one_rank_changes_nothing,
+    passes_that_do_not_learn_on_one_rank_change_nothing,
     a_checkpoint_around_the_model_trains_like_one_process,
     buckets_keep_the_order_of_the_backward_pass,
     buckets_are_sent_while_the_backward_pass_goes_on,

@@ -436,6 +436,20 @@ def test_an_example_that_does_not_fit_is_told_with_what_would(verb, example) -> 
     assert is_untouched(model)
 
 
+def test_a_model_that_fails_is_run_once_and_its_error_shown_once() -> None:
+    calls = []
+
+    class Fails(Shifted):
+        def forward(self, x):
+            calls.append(1)
+            raise RuntimeError("mine")
+
+    with pytest.raises(sd.errors.ExampleError) as caught:
+        sd.plan(Fails(), torch.randn(4, 3))
+    assert len(calls) == 1
+    assert caught.value.__context__.__context__ is None
+
+
 @pytest.mark.parametrize("verb", [sd.apply, sd.plan])
 def test_lazy_layers_are_to_be_run_once_before(verb) -> None:
     model, x = nn.Sequential(Shifted(), Shifted(), nn.LazyLinear(2)), torch.randn(4, 3)

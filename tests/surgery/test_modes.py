@@ -321,7 +321,28 @@ class AddsNoise(Positions):
         return x + self.f(x)
 
 
-@pytest.mark.parametrize("kind", [Positions, AddsNoise])
+class AddsNumber(Positions):
+    def forward(self, x, bias=None):
+        x = x + self.shift()
+        return x + self.f(x)
+
+    def shift(self):
+        return 0.5
+
+
+class AddsInside(Positions):
+    """Adds in a function of its own, as layers do that hand it to a checkpoint."""
+
+    def forward(self, x, bias=None):
+        def feed_forward(x):
+            x = x + self.position(torch.arange(6)).mean(0) * self.f(x)
+            return torch.relu(x)
+
+        x = x + self.f(x)
+        return feed_forward(x)
+
+
+@pytest.mark.parametrize("kind", [Positions, AddsNoise, AddsNumber, AddsInside])
 def test_an_addition_that_is_no_branch_is_not_warned_of(kind):
     model, x = Through(kind), torch.randn(4, 6)
     handle = sd.apply(model, example=x)

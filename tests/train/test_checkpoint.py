@@ -102,6 +102,24 @@ def test_the_last_good_checkpoint_is_one_that_can_be_trusted(tmp_path, monkeypat
             checkpoints.save(step, None, {})
 
 
+LITTLE_MEMORY = """
+import resource, sys, torch
+from pathlib import Path
+from stochastic_depth.train.checkpoint import Checkpoints
+checkpoints = Checkpoints(Path(sys.argv[1]), "a", keep=1)
+checkpoints.save(1, None, {"x": torch.zeros(30_000_000)})
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 30_000_000, resource.RLIM_INFINITY))
+print(checkpoints.last_good())
+"""
+
+
+def test_the_last_good_checkpoint_is_named_where_memory_has_run_out(tmp_path):
+    command = [sys.executable, "-c", LITTLE_MEMORY, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("step-000000001.ckpt")
+
+
 def test_no_trusted_checkpoint_at_all_is_an_error_and_not_a_fresh_start(tmp_path):
     checkpoints = Checkpoints(tmp_path, "a", keep=1)
     checkpoints.save(1, best=None, state={})

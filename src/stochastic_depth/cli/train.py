@@ -276,6 +276,11 @@ def _fit_epochs(
         pace = measure_pace(config)
         console.print(pace.described())
         epochs = pace.epochs_in(end - time.monotonic(), config.epochs)
+    if epochs <= (warmup := config.optimizer.warmup_epochs) and warmup:
+        raise ConfigError(
+            f"within the time that --minutes leaves, each run has {epochs} epochs, and "
+            f"--optimizer.warmup-epochs is {warmup}: give more --minutes, or fewer of these"
+        )
     if epochs < config.epochs:
         console.print(
             f"training for {epochs} of {config.epochs} epochs, to end in time: without --minutes, "

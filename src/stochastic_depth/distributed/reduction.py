@@ -66,13 +66,13 @@ class _Blocks:
     def _note(self, gates: list[Gate] | None) -> None:
         """Note which branches learn in a forward pass that begins; `gates` is None in evaluation.
 
-        A block of which a part is in evaluation mode runs whatever its gate is. An evaluation that
-        is no forward pass of DDP may be made on one rank alone, and is not noted.
+        A block of which a part is in evaluation mode runs whatever its gate is. A pass that is no
+        forward pass of DDP may be made on one rank alone: it is noted only if it learns.
         """
-        if gates is None:
-            in_ddp = gradients_are_awaited() or is_replicated(self._whole)
-            if not (in_ddp and torch.is_grad_enabled()):
-                return
+        in_ddp = gradients_are_awaited() or is_replicated(self._whole)
+        with_graph = torch.is_grad_enabled()  # not in the first pass of a reentrant checkpoint
+        if not (in_ddp or with_graph) or (gates is None and not (in_ddp and with_graph)):
+            return
         closed = set[int]()
         if gates is not None and not self.handle.differs_by_rank:
             for number, (block, gate) in enumerate(zip(self.handle.blocks, gates, strict=True)):

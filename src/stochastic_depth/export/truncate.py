@@ -53,8 +53,9 @@ def truncate(
         ApplyError: when `sd.apply` was not called on `model`.
         TruncateError: when `keep` does not fit, or a block cannot be removed, which the error
             names.
-        FoldError: when a block cannot take its p_l, which the error names. In each case, and when
-            `recalibrate` raises an error, `model` is as it was before.
+        FoldError: when a kept block cannot take its p_l, or does not run yet because it is 0; the
+            block is named. In each case, and when `recalibrate` raises an error, `model` is as it
+            was before.
 
     Examples:
         >>> model = sd.models.CifarResNet(20)

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import Accelerator
@@ -18,9 +17,6 @@ from stochastic_depth.surgery.applied import applied_inside
 FILE = "stochastic_depth.json"
 """The file in the folder of `accelerator.save_state`; further models have a number in its name."""
 
-_FOLLOWED: "WeakKeyDictionary[Accelerator, int]" = WeakKeyDictionary()
-"""How often `follow` was called, by accelerator."""
-
 
 def follow(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Handle:
     """Let the gates of a prepared model follow the steps of its optimizer.
@@ -31,7 +27,7 @@ def follow(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Handle
 
     All micro-batches of a step then run under the same gates, whatever the accumulation.
     `save_state` and `load_state` write and read the state of the gates, in a JSON file of its own.
-    If there are several models, call it for each, in the same order when a run is resumed.
+    If there are several models, prepare them in the same order when a run is resumed.
 
     Args:
         model: a model with stochastic depth, as `accelerator.prepare` returned it.
@@ -41,7 +37,8 @@ def follow(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Handle
         The handle that `sd.apply` returned.
 
     Raises:
-        ApplyError: when stochastic depth is not applied to `model`, or to several modules in it.
+        ApplyError: when stochastic depth is not applied to `model`, or to several modules in it, or
+            the accelerator has not prepared it.
     """
     inside = applied_inside(model)
     if not inside:
@@ -55,8 +52,12 @@ def follow(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Handle
             f"({', '.join(map(repr, inside))}): call follow for each of them"
         )
     (applied,) = inside.values()
-    number = _FOLLOWED[accelerator] = _FOLLOWED.get(accelerator, 0) + 1
-    steps = _Steps(accelerator, handle_of(applied), number)
+    steps = _Steps(accelerator, handle_of(applied))
+    if steps.file() is None:
+        raise ApplyError(
+            f"{type(model).__name__} was not prepared by this accelerator: "
+            "model, optimizer = accelerator.prepare(model, optimizer) first"
+        )
     applied.register_forward_pre_hook(steps.before_forward, prepend=True)
     own: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
     own.register_step_post_hook(steps.after_step)
@@ -68,10 +69,19 @@ def follow(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Handle
 class _Steps:
     """Counts the steps of an optimizer, and sets the step of the gates to that count."""
 
-    def __init__(self, accelerator: Accelerator, handle: Handle, number: int) -> None:
+    def __init__(self, accelerator: Accelerator, handle: Handle) -> None:
         self._accelerator = accelerator
-        self._file = FILE if number == 1 else f"{Path(FILE).stem}_{number}.json"
         self.handle, self.done = handle, handle.step
+
+    def file(self) -> str | None:
+        """The name of its file, by its place among the models of the accelerator; None if it is no
+        model of it any more, after `accelerator.free_memory`."""
+        models = self._accelerator._models
+        applied = (each for model in models for each in applied_inside(model).values())
+        for number, each in enumerate(applied, 1):
+            if handle_of(each) is self.handle:
+                return FILE if number == 1 else f"{Path(FILE).stem}_{number}.json"
+        return None
 
     def before_forward(self, model: nn.Module, inputs: Any) -> None:
         if model.training:
@@ -81,16 +91,22 @@ class _Steps:
         self.done += 1
 
     def save(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
-        accelerator = self._accelerator
+        accelerator, name = self._accelerator, self.file()
+        if name is None:
+            return
         on_each_node = accelerator.project_configuration.save_on_each_node
         if accelerator.is_local_main_process if on_each_node else accelerator.is_main_process:
             state = {**self.handle.state_dict(), "step": self.done}
-            write_whole(Path(folder) / self._file, json.dumps(state).encode())
+            write_whole(Path(folder) / name, json.dumps(state).encode())
 
     def load(self, models: list[nn.Module], folder: str) -> None:
-        file = Path(folder) / self._file
+        if (name := self.file()) is None:
+            return
+        file = Path(folder) / name
         if not file.is_file():
-            raise CheckpointError(f"{file} is missing: {folder} was saved without stochastic depth")
+            raise CheckpointError(
+                f"{file} is missing: {folder} was saved without the gates of this model"
+            )
         try:
             state = json.loads(file.read_text())
         except ValueError as error:

@@ -171,10 +171,14 @@ def _from_factory(name: str, batch: int, shape: Shape | None) -> tuple[nn.Module
             f"{name!r} cannot be imported: {error}; give module:function, with a module that "
             "Python finds from this folder"
         ) from error
+    if isinstance(factory, nn.Module):
+        raise ConfigError(f"{name!r} is a model: name a function that returns one")
     try:
         inspect.signature(factory).bind()
-    except (TypeError, ValueError) as error:
+    except TypeError as error:
         raise ConfigError(f"{name!r} cannot be called without arguments: {error}") from error
+    except ValueError:
+        pass  # some functions in C have no signature
     result = factory()
     model, example = result if isinstance(result, tuple) else (result, None)
     if not isinstance(model, nn.Module):

@@ -71,11 +71,13 @@ _HOOKS = tuple(name for name in vars(nn.Module()) if "hooks" in name)
 @contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
     """While entered, `model` is in evaluation mode; afterwards each module has its mode again."""
+    was_training = model.training
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
+        model.train(was_training)  # a module may do more in it, as LoRA layers do
         for module, training in modes:
             module.training = training
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -80,6 +80,17 @@ def _read_payload(path: Path) -> bytes:
         CheckpointError: when the file is not a checkpoint, or is damaged.
         OSError: when it cannot be read.
     """
+    with _open_intact(path) as file:
+        return file.read()
+
+
+@contextmanager
+def _open_intact(path: Path) -> Iterator[BinaryIO]:
+    """The file after its header, if its checksum is right; it is not read into memory for that.
+
+    Raises:
+        CheckpointError, OSError: as `_read_payload`.
+    """
     with open_file(path, inside=path.parent.parent) as file:
         header = file.read(len(MAGIC) + _DIGEST + 1)
         if not header.startswith(MAGIC) or len(header) < len(MAGIC) + _DIGEST + 1:
@@ -88,7 +99,7 @@ def _read_payload(path: Path) -> bytes:
         if digest + b"\n" != header[len(MAGIC) :]:
             raise CheckpointError(f"{path} is damaged: its checksum does not match its content")
         file.seek(len(header))
-        return file.read()
+        yield file
 
 
 def _check_entries(file: io.BytesIO, size: int) -> None:
@@ -182,11 +193,12 @@ class Checkpoints:
         return None, []
 
     def last_good(self) -> str:
-        """A phrase that names the newest checkpoint that can be trusted."""
-        with suppress(CheckpointError, MemoryError):
-            state, _ = self.newest("cpu")
-            if state is not None:
-                return f"the last good checkpoint is {self.path(state['step'])}"
+        """A phrase that names the newest undamaged checkpoint; it is not loaded, because this is
+        also said where memory has run out."""
+        with suppress(CheckpointError):
+            for step in self.steps():
+                with suppress(CheckpointError, OSError), _open_intact(self.path(step)):
+                    return f"the last good checkpoint is {self.path(step)}"
         return "there is no good checkpoint before it"
 
 

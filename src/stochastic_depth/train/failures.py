@@ -47,11 +47,14 @@ def as_out_of_memory_error(run: Run, train_state: TrainState) -> Iterator[None]:
         step, config = train_state.step, train_state.config
         evaluating = not train_state.model.training
         gates = "in evaluation" if evaluating else open_blocks(train_state.gates_at(step))
+        workers = f", --data.workers ({config.data.workers})" * (
+            "data.workers" not in config.without_effect()
+        )
         raise OutOfMemoryError(
             f"out of memory at step {step} of {run.path} ({gates}): {first_line(error)[:200]}; "
             f"{run.checkpoints.last_good()}. Resume where there is more memory, or begin a run "
-            f"with a lower --optimizer.batch (it is {config.optimizer.batch}), --data.workers "
-            f"({config.data.workers}) or --precision bfloat16 ({train_state.runtime.precision})"
+            f"with a lower --optimizer.batch (it is {config.optimizer.batch}){workers} or "
+            f"--precision bfloat16 ({train_state.runtime.precision})"
         ) from error
 
 

@@ -1,7 +1,8 @@
 """Time the same network as this library and as other libraries train it.
 
-The gates of this library are balanced, so that every step has the expected number of open blocks:
-independent coins take the same time in the mean over many steps, but a benchmark has a dozen.
+The gates of this library for mini-batches are balanced, so that every step has the expected number
+of open blocks: independent coins take the same time in the mean over many steps, but a benchmark
+has a dozen. Those for single samples are independent; their number evens out within a step.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -280,7 +281,7 @@ def tables(result: PeersResult, options: PeersOptions, runtime: Runtime) -> Iter
     )
     timings, unit = result.timed.timings, result.network.unit
     yield table_of(title, runtime, timings, result.count, unit, result.memory, result.ours)
-    yield "every step of ours has the expected number of open blocks (balanced gates)"
+    yield "ours: balanced gates, the expected number of blocks in every step (not so with subsets)"
     yield f"memory: {MEMORY}; mean of 5"
     for name, reason in result.missing.items():
         yield f"{name}: {reason}"

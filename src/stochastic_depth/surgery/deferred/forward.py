@@ -379,7 +379,8 @@ def _count_differs(deferred: _DeferredModule, how: str) -> GateError:
     return GateError(
         f"{deferred.name!r} is called {how} often than on the example ({deferred.calls} times), so "
         "it is not known which of its calls belong to which block: give sd.apply an example with "
-        "as many calls, or exclude= these blocks"
+        "as many calls; if their number differs from input to input, give the model a module of "
+        "its own for each place, or exclude= these blocks"
     )
 
 

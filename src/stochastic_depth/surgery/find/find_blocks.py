@@ -87,12 +87,7 @@ def find_blocks(
     selected = select_modules(model, include, exclude)
     settings = BlockSettings(dict(model.named_modules()), selected, granularity, defer)
     run = caller(model, example)
-    try:
-        additions, analysis, not_residual = _added_in_evaluation(model, run, count_flops)
-    except ExampleError:
-        with_gradients = torch.enable_grad()(run)
-        additions, analysis, not_residual = _added_in_evaluation(model, with_gradients, count_flops)
-        NEED_GRADIENTS.add(model)
+    additions, analysis, not_residual = _added_in_evaluation(model, run, count_flops)
     pairs, no_blocks = form_blocks(additions, analysis, settings)
     pairs = attribute_parameters(pairs, model, analysis)
     found = [block for block, _ in pairs]
@@ -112,6 +107,18 @@ def find_blocks(
 def _added_in_evaluation(
     model: nn.Module, run: Callable[[], Any], count_flops: bool
 ) -> tuple[list[Addition], Analysis, list[Rejected]]:
-    with preserve_state(model):
-        model.eval()
-        return discover(model, run, count_flops=count_flops, gradients=False)
+    """What `discover` returns of a pass in evaluation; with gradients where there must be some."""
+
+    def discovered(run: Callable[[], Any]) -> tuple[list[Addition], Analysis, list[Rejected]]:
+        with preserve_state(model):
+            model.eval()
+            return discover(model, run, count_flops=count_flops, gradients=False)
+
+    try:
+        return discovered(run)
+    except ExampleError as error:
+        if "grad" not in str(error.__cause__):
+            raise
+    found = discovered(torch.enable_grad()(run))
+    NEED_GRADIENTS.add(model)
+    return found

@@ -166,9 +166,11 @@ class Comparison:
             return math.inf, "the model returns tensors of different shapes"
         difference = largest_difference(known.outputs, found.outputs)
         rounding = 1 if trial.unchanged else 100  # sums may be computed in a different order
-        name = _different(known.gradients, found.gradients, rounding)
-        if name and difference <= trial.tolerance:
-            return math.inf, f"the gradient of {name!r} is not that of the original"
+        wrong = _different(known.gradients, found.gradients, rounding)
+        if wrong and self._gradients_vary(trial, part, rounding):
+            wrong = ""
+        if wrong and difference <= trial.tolerance:
+            return math.inf, f"the gradient of {wrong!r} is not that of the original"
         return difference, (
             f"the output differs from the original's by {difference:.2g} of its largest value "
             "where it should not"
@@ -188,6 +190,12 @@ class Comparison:
             with torch.no_grad(), self.gated.with_gate(OPEN):
                 self.gated.run()
         return expected
+
+    def _gradients_vary(self, trial: Trial, part: list[int], rounding: float) -> bool:
+        """Whether the gradients of the original itself differ from pass to pass, as atomic sums on
+        a GPU do; a tenth of what would be accepted is enough."""
+        first, again = self.expected(trial, part), self.expected(trial, part)
+        return bool(_different(first.gradients, again.gradients, rounding / 10))
 
     def why_unsteady(self, draws: bool) -> str:
         """Why the original returns different outputs for the same input; empty if it does not.

@@ -122,7 +122,7 @@ class _Search:
         return replace(
             first,
             edits=with_not_shown(
-                with_copies(self.recording, first.edits, executions), analysis.sites
+                with_copies(self.recording, first.edits, executions), self.occurrences
             ),
             begins_elsewhere=any(each.begins_elsewhere for each in additions),
             modules=tuple(name for each in additions for name in each.modules),

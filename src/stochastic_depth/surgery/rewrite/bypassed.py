@@ -28,7 +28,7 @@ from stochastic_depth.surgery.rewrite.syntax import (
     position_of,
     replaced,
 )
-from stochastic_depth.surgery.rewrite.variables import defines, uses
+from stochastic_depth.surgery.rewrite.variables import defines, nodes_outside_functions, uses
 
 
 def warn_bypassed(gate: Gate, message: str) -> None:
@@ -141,7 +141,8 @@ def not_reached(edit: AdditionEdit, reached: Container[CallSite]) -> tuple[Sourc
 def _alike(edit: AdditionEdit) -> tuple[SourceLocation, ...]:
     """The additions in the method of `edit` to the same variable, of what modules compute.
 
-    There are none if the method has a path for training mode, which the example may not show.
+    None are looked for in functions inside of it, nor if a condition in it names `training`, since
+    the recorded pass is in evaluation mode.
     """
     try:
         tree = definition(inspect.unwrap(vars(edit.location.cls)[edit.location.method]))
@@ -152,7 +153,7 @@ def _alike(edit: AdditionEdit) -> tuple[SourceLocation, ...]:
             shortcut = at and operands(at, edit)[0]
     except UnsupportedBlockError:
         return ()
-    nodes, module = list(ast.walk(tree)), module_of(tree)
+    nodes, module = list(nodes_outside_functions(tree)), module_of(tree)
     tests = [node.test for node in nodes if isinstance(node, ast.If | ast.IfExp)]
     if not isinstance(shortcut, ast.Name) or any("training" in ast.unparse(t) for t in tests):
         return ()

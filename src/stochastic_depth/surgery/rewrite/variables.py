@@ -300,6 +300,16 @@ def surely_defines(statement: ast.stmt) -> frozenset[str]:
     return frozenset(n.id for target in targets for n in stored(target))
 
 
+def nodes_outside_functions(tree: ast.FunctionDef) -> Iterator[ast.AST]:
+    """The nodes of a method, without those in functions and comprehensions inside of it."""
+    waiting: list[ast.AST] = list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, _OWN_VARIABLES):
+            yield node
+            waiting += ast.iter_child_nodes(node)
+
+
 def _names(node: ast.AST) -> Iterator[ast.Name]:
     return (n for n in ast.walk(node) if isinstance(n, ast.Name))
 
