@@ -1,6 +1,7 @@
 import copy
 import re
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.nn.utils import parametrize
 
 import stochastic_depth as sd
 from stochastic_depth.models import CifarResNet
+from stochastic_depth.surgery.applied import applied_inside
 
 
 def small() -> CifarResNet:
@@ -92,6 +94,33 @@ def test_remove_gives_the_original_model_back(copied: bool) -> None:
         original(images())
         sd.remove(original)
         assert is_untouched(original)
+
+
+class Forwarding(nn.Module):
+    """A wrapper that has the attributes of the model inside it, as those of peft and Fabric."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
+@pytest.mark.parametrize("wrap", [Forwarding, partial(torch.compile, backend="eager")])
+def test_a_wrapper_that_forwards_attributes_is_no_second_model(wrap) -> None:
+    model = small()
+    handle = sd.apply(model)
+    wrapped = wrap(model)
+    assert sd.handle_of(wrapped) is handle
+    assert list(applied_inside(wrapped).values()) == [model]
+    sd.remove(wrapped)
+    assert is_untouched(wrapped)
+    assert not applied_inside(wrapped)
+    assert torch.equal(model(images()), small()(images()))
 
 
 def test_remove_keeps_what_was_learned() -> None:

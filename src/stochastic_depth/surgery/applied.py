@@ -40,7 +40,7 @@ def remove(model: nn.Module) -> None:
     Blocks that were compiled by `sd.compile_blocks` are no longer compiled.
 
     Raises:
-        ApplyError: when `sd.apply` was not called on `model`.
+        ApplyError: when `sd.apply` was not called on `model`, or on the model that it wraps.
 
     Examples:
         >>> model = sd.models.CifarResNet(8)
@@ -51,6 +51,7 @@ def remove(model: nn.Module) -> None:
         stochastic_depth.errors.ApplyError: CifarResNet has no stochastic depth: ...
     """
     applied = applied_to(model)
+    (owner,) = (each for each in applied_inside(model).values() if applied_to(each) is applied)
     for hook in applied.hooks:
         hook.remove()
     for setting in applied.changed_settings:
@@ -58,8 +59,8 @@ def remove(model: nn.Module) -> None:
     for block in applied.found:
         for module in (block.module, *deferred_modules(block)):
             set_call(module, None)
-    delattr(model, _APPLIED)
-    take_gates(model)
+    delattr(owner, _APPLIED)
+    take_gates(owner)
 
 
 def handle_of(model: nn.Module) -> Handle:
@@ -93,5 +94,8 @@ def applied_to(model: nn.Module) -> Applied:
 
 
 def applied_inside(model: nn.Module) -> dict[str, nn.Module]:
-    """The models with stochastic depth among `model` and the modules inside it, by name."""
-    return {name: module for name, module in model.named_modules() if hasattr(module, _APPLIED)}
+    """The models with stochastic depth among `model` and the modules inside it, by name.
+
+    A wrapper that forwards attributes of the model inside it is none of them.
+    """
+    return {name: each for name, each in model.named_modules() if _APPLIED in vars(each)}
