@@ -5,6 +5,7 @@ import pickle
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -133,8 +134,9 @@ def test_gates_for_single_samples_need_a_tensor_among_the_inputs() -> None:
         sd.errors.GateError, match=r"single samples need a tensor \[batch, \.\.\.\]"
     ):
         model()
-    with pytest.raises(sd.errors.GateError, match=r"handle\.draw\(batch\)"):
-        handle.draw()
+    for without_batch in (handle.draw, partial(handle.gates_at, 0)):
+        with pytest.raises(sd.errors.GateError, match=r"handle\.gates_at\(step, batch\)"):
+            without_batch()
 
 
 def test_evaluation_draws_nothing_and_advances_nothing() -> None:

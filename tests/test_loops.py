@@ -75,6 +75,9 @@ def test_every_kind_of_integer_is_the_same_step_and_seed(integer) -> None:
     handle.step = integer(3)
     model(batch(0))
     assert torch.equal(handle.gates, draw(5, 3, handle.survival))
+    assert torch.equal(handle.gates_at(integer(7)), draw(5, 7, handle.survival))
+    handle.seed = integer(6)
+    assert torch.equal(handle.gates_at(7), draw(6, 7, handle.survival))
     assert all(type(handle.state_dict()[name]) is int for name in ("seed", "step"))
 
 
@@ -84,11 +87,30 @@ def test_what_is_no_step_is_refused_and_changes_nothing(step) -> None:
     handle.step = 4
     with pytest.raises(sd.errors.GateError, match=f"step={step!r}"):
         handle.step = step
+    with pytest.raises(sd.errors.GateError, match=f"step={step!r}"):
+        handle.gates_at(step)
     assert handle.step == 4
+    with pytest.raises(sd.errors.GateError, match=r"seed=1\.5: gates are a function of integers"):
+        handle.seed = 1.5
     model = network()
     with pytest.raises(sd.errors.GateError, match=r"seed=1\.5: gates are a function of integers"):
         sd.apply(model, HALF, seed=1.5)  # type: ignore[arg-type]
     sd.apply(model, HALF)
+
+
+def test_a_step_that_is_set_to_an_earlier_one_brings_its_probabilities() -> None:
+    rule, ramp = sd.LinearDecay(0.5), sd.Warmup(10)
+    handle = sd.apply(network(), rule, schedule=ramp)
+    for step in (10, 9, 8, 7, 0):
+        handle.step = step
+        assert handle.survival == handle.survival_at(max(0, step - 1))
+    with handle.draw():
+        handle.step = 0
+    assert handle.survival == handle.survival_at(0)
+    handle.step = 5
+    with handle.draw():
+        handle.step = 5  # the next micro-batch is of the same step
+    assert handle.survival == handle.survival_at(5)
 
 
 def test_an_average_has_gates_of_its_own_and_leaves_the_models_alone() -> None:

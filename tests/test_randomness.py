@@ -41,6 +41,13 @@ def test_pinned_values_hold_in_every_version() -> None:
     ]
 
 
+@pytest.mark.parametrize("integer", [np.int64, np.array, torch.tensor])
+def test_integers_of_every_library_are_the_same_key(integer) -> None:
+    assert digest(8, "gates", integer(3), integer(0)) == digest(8, "gates", 3, 0)
+    with pytest.raises(TypeError):
+        digest(8, "gates", 3.0)
+
+
 def test_uniforms_are_the_low_53_bits_of_shake_128() -> None:
     stream = hashlib.shake_128(b"('gates', 4, 5)").digest(8 * 100)
     expected = [

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Binomial
 
+from stochastic_depth.errors import GateError
 from stochastic_depth.randomness import digest, uniforms
 
 
@@ -165,3 +167,29 @@ def expected_share(p: float, samples: int, min_samples: int) -> float:
 def open_shares(coins: Tensor) -> Tensor:
     """The share of samples for which each block is open, of [L] or [L, batch]: float64 [L]."""
     return coins.double() if coins.ndim == 1 else coins.double().mean(1)
+
+
+def step_number(step: object) -> int:
+    """`step` as a Python integer.
+
+    Raises:
+        GateError: when it is not an integer, or below 0.
+    """
+    number = integer("step", step)
+    if number < 0:
+        raise GateError(f"step={number}: steps are counted from 0")
+    return number
+
+
+def integer(name: str, value: object) -> int:
+    """`value` as a Python integer, from an integer of any library.
+
+    Raises:
+        GateError: when it is not an integer.
+    """
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise GateError(
+            f"{name}={value!r}: gates are a function of integers (seed, step)"
+        ) from None

@@ -1,7 +1,6 @@
 """The handle of a model with stochastic depth: its probabilities, its gates and their state."""
 
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from stochastic_depth.block import Block, set_evaluation_gates, set_training_gates
 from stochastic_depth.choices import Closed, GateKind, Scale, SkippedPolicy
-from stochastic_depth.draw import draw, expected_share, open_shares
+from stochastic_depth.draw import draw, expected_share, integer, open_shares, step_number
 from stochastic_depth.errors import GateError, StateError
 from stochastic_depth.gate_settings import GateSettings
 from stochastic_depth.gates import Gate, evaluation_gates, training_gates
@@ -37,7 +36,6 @@ class Handle:
         blocks: the blocks, in the order in which they run.
         probabilities: (p_1, ..., p_L) in every training step.
         settings: how gates are drawn, and what they do.
-        seed: chooses the sequence of gates.
         rank: the rank of this process, if each process draws different gates; otherwise None.
         share: for gates of single samples, if several processes share a mini-batch: the position of
             this process's first sample in the mini-batch, and how many samples the mini-batch has.
@@ -76,6 +74,8 @@ class Handle:
         self.observers: list[Callable[[list[Gate] | None], None]] = []
         """Called when a forward pass begins, with its gates; with None in evaluation."""
         self._coins: Tensor | None = None
+        self._drawn: int | None = None
+        """The step of the last draw, unless `step` was set to a different one since."""
         self._survival: tuple[float, ...] = ()
         self._in_training: Forced | Literal["full depth"] | None = None
         self._in_evaluation: Forced | None = None
@@ -103,6 +103,19 @@ class Handle:
         return self.gate != "batch" or self.rank is not None
 
     @property
+    def seed(self) -> int:
+        """Chooses the sequence of gates. It may be set.
+
+        Raises:
+            GateError: when it is set to something that is not an integer.
+        """
+        return self._seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self._seed = integer("seed", seed)
+
+    @property
     def step(self) -> int:
         """How many training forward passes have drawn gates; the next draw is for this step.
 
@@ -117,10 +130,9 @@ class Handle:
 
     @step.setter
     def step(self, step: int) -> None:
-        number = integer("step", step)
-        if number < 0:
-            raise GateError(f"step={number}: steps are counted from 0")
-        if number not in (self._step, self._step - 1):  # the last draw was for another step
+        number = step_number(step)
+        if number not in (self._step, self._drawn):
+            self._drawn = None
             self._set_survival(max(0, number - 1))
         self._step = number
 
@@ -181,16 +193,12 @@ class Handle:
             if self._in_training != "full depth":
                 self._coins = self._in_training.coins
             return self._gates_while_forced()
-        if self.gate != "batch" and batch is None:
-            raise GateError(
-                f'gate="{self.gate}" draws a gate for each sample: give the number of samples, '
-                "handle.draw(batch)"
-            )
+        self._require_number_of_samples(batch)
         self._set_survival(self.step)
         first, whole = self.share or (0, batch)
         coins = self._draw(self.step, whole, self._survival)
         self._coins = coins if coins.ndim == 1 else coins[:, first : first + (batch or 0)]
-        self._step += 1
+        self._drawn, self._step = self._step, self._step + 1
         return training_gates(
             self._coins,
             self._survival,
@@ -218,8 +226,20 @@ class Handle:
         Args:
             batch: the number of samples of all processes together; needed by the "sample" and
                 "subset" gates.
+
+        Raises:
+            GateError: when `step` is not an integer from 0, or `batch` is missing.
         """
+        step = step_number(step)
+        self._require_number_of_samples(batch)
         return self._draw(step, batch, self.survival_at(step))
+
+    def _require_number_of_samples(self, batch: int | None) -> None:
+        if self.gate != "batch" and batch is None:
+            raise GateError(
+                f'gate="{self.gate}" draws a gate for each sample: give the number of samples, '
+                "handle.draw(batch) or handle.gates_at(step, batch)"
+            )
 
     def _draw(self, step: int, batch: int | None, survival: tuple[float, ...]) -> Tensor:
         return draw(
@@ -330,26 +350,21 @@ class Handle:
         Raises:
             StateError: when it was saved under different survival probabilities, gates or scaling.
         """
-        for name in ("seed", "step"):
-            if not isinstance(state.get(name), int):
-                raise StateError(
-                    f"the saved state has {name}={state.get(name)!r}, which must be an integer: "
-                    "give what handle.state_dict() returned"
-                )
-        if state["step"] < 0:
+        try:
+            seed, step = integer("seed", state.get("seed")), step_number(state.get("step"))
+        except GateError as error:
             raise StateError(
-                f"the saved state has step={state['step']}, but steps are counted from 0: give "
-                "what handle.state_dict() returned"
-            )
+                f"the saved state has {error}; give what handle.state_dict() returned"
+            ) from None
         for name, mine in self._identity().items():
             if name not in state or state[name] != mine:
                 raise StateError(
                     f"the saved state has {name}={state.get(name)!r}, this model {mine!r}: "
                     "apply stochastic depth with the settings of the run that is resumed"
                 )
-        self._step, self.seed = state["step"], state["seed"]
+        self.seed, self._step = seed, step
         self._set_survival(max(0, self._step - 1))
-        self._coins = None
+        self._coins = self._drawn = None
         self.restore_gates()
 
     def _set_survival(self, step: int) -> None:
@@ -437,17 +452,3 @@ class Handle:
         closed = self.settings.closed
         shown += [f"closed={closed!r}"] if closed == "forward-only" else []
         return "".join(f"{each}, " for each in shown)
-
-
-def integer(name: str, value: object) -> int:
-    """`value` as a Python integer, from an integer of any library.
-
-    Raises:
-        GateError: when it is not an integer.
-    """
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise GateError(
-            f"{name}={value!r}: gates are a function of integers (seed, step)"
-        ) from None

@@ -5,6 +5,7 @@ the same numbers in every process, on every machine and in every version. Their 
 """
 
 import hashlib
+import operator
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from torch import Tensor
 
 def digest(count: int, *key: int | str) -> bytes:
     """`count` bytes that depend on `key` alone."""
-    return hashlib.shake_128(repr(key).encode()).digest(count)
+    # Only a plain integer has the same repr in every library.
+    plain = tuple(part if isinstance(part, str) else operator.index(part) for part in key)
+    return hashlib.shake_128(repr(plain).encode()).digest(count)
 
 
 def uniforms(count: int, *key: int | str) -> Tensor:

@@ -10,9 +10,10 @@ from torch.utils.hooks import RemovableHandle
 
 from stochastic_depth.block import Routes, count_inside, owned_parameters
 from stochastic_depth.choices import Closed, GateKind, Granularity, Scale, SkippedPolicy
+from stochastic_depth.draw import integer
 from stochastic_depth.errors import ApplyError, SurvivalError
 from stochastic_depth.gate_settings import GateSettings, require_choice
-from stochastic_depth.handle import Handle, integer
+from stochastic_depth.handle import Handle
 from stochastic_depth.hooks import ForwardHooks
 from stochastic_depth.schedules import Schedule
 from stochastic_depth.surgery.applied import Applied, store_applied
