@@ -282,6 +282,16 @@ def test_a_foreign_state_is_an_error_that_names_the_field(field: str, settings: 
     assert handle.state_dict() == before
 
 
+def test_rules_of_one_name_are_told_apart_by_their_probabilities() -> None:
+    def constant(p: float) -> Callable[[int, int, int], float]:
+        return lambda block, blocks, step: p
+
+    state = sd.apply(Net(), constant(0.5)).state_dict()
+    sd.apply(Net(), constant(0.5)).load_state_dict(state)
+    with pytest.raises(sd.errors.StateError, match="saved state has survival="):
+        sd.apply(Net(), constant(0.6)).load_state_dict(state)
+
+
 def test_a_state_with_a_negative_step_is_an_error() -> None:
     handle = sd.apply(Net(), HALF)
     with pytest.raises(sd.errors.StateError, match="the saved state has step=-1"):

@@ -345,6 +345,9 @@ class Handle:
         return {"seed": self.seed, "step": self.step, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        A function that is not a dataclass is compared by its name, and a rule of (block, blocks,
+        step) by its p_l in step 0 as well: whether it is the same in later steps is not known.
+
         """Restore the state that `state_dict` has returned.
 
         Raises:

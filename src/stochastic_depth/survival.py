@@ -95,8 +95,8 @@ class StepDependent:
         )
 
     def described(self) -> dict[str, Any]:
-        """The rule as plain values, for checkpoints."""
-        return {"survival": [], "schedule": _described(self.rule)}
+        """The rule and its p_l in step 0 as plain values, for checkpoints."""
+        return {"survival": list(self.at(0)), "schedule": _described(self.rule)}
 
 
 Probabilities = Scheduled | StepDependent
