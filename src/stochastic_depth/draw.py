@@ -30,8 +30,8 @@ def draw(
 
     Block l is open with probability `survival[l - 1]`, independently of every other step, and
     unless balanced of every other block and sample. The same arguments give the same coins
-    everywhere. A larger p_l opens a block in more steps, and in all steps in which a smaller one
-    does.
+    everywhere. Unless balanced, a block that is open at some p_l is open in the same step at every
+    larger one.
 
     Args:
         min_samples: the smallest number of open samples in each block with p_l > 0. Where the coins

@@ -282,16 +282,8 @@ class Handle:
                 key/value cache, to which closed blocks add no entries.
         """
         forced = self._as_forced(gates, scaled, dimensions=(1, 2))
-        before = self._in_training, self._in_evaluation
-        self._in_training = self._in_evaluation = forced
-        self._set_evaluation()
-        self.restore_gates()
-        try:
+        with self._in_force(forced, forced):
             yield
-        finally:
-            self._in_training, self._in_evaluation = before
-            self._set_evaluation()
-            self.restore_gates()
 
     @contextmanager
     def subnetwork(self, gates: Sequence[bool] | Tensor, *, scaled: bool = False) -> Iterator[None]:
@@ -309,14 +301,9 @@ class Handle:
         Raises:
             GateError: as `forced`.
         """
-        before = self._in_evaluation
-        self._in_evaluation = self._as_forced(gates, scaled, dimensions=(1,))
-        self._set_evaluation()
-        try:
+        forced = self._as_forced(gates, scaled, dimensions=(1,))
+        with self._in_force(self._in_training, forced):
             yield
-        finally:
-            self._in_evaluation = before
-            self._set_evaluation()
 
     @property
     def is_subnetwork(self) -> bool:
@@ -332,12 +319,23 @@ class Handle:
         of a closed block would see nothing, and all others would see a network that is never
         evaluated.
         """
-        before, self._in_training = self._in_training, "full depth"
+        with self._in_force("full depth", self._in_evaluation):
+            yield
+
+    @contextmanager
+    def _in_force(
+        self, training: Forced | Literal["full depth"] | None, evaluation: Forced | None
+    ) -> Iterator[None]:
+        """While entered, these gates are in force; None for the usual ones."""
+        before = self._in_training, self._in_evaluation
+        self._in_training, self._in_evaluation = training, evaluation
+        self._set_evaluation()
         self.restore_gates()
         try:
             yield
         finally:
-            self._in_training = before
+            self._in_training, self._in_evaluation = before
+            self._set_evaluation()
             self.restore_gates()
 
     def state_dict(self) -> dict[str, Any]:
@@ -345,10 +343,10 @@ class Handle:
         return {"seed": self.seed, "step": self.step, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state that `state_dict` has returned.
+
         A function that is not a dataclass is compared by its name, and a rule of (block, blocks,
         step) by its p_l in step 0 as well: whether it is the same in later steps is not known.
-
-        """Restore the state that `state_dict` has returned.
 
         Raises:
             StateError: when it was saved under different survival probabilities, gates or scaling.
@@ -399,9 +397,9 @@ class Handle:
         return Forced(coins, scaled)
 
     def _gates_of(self, forced: Forced, closed: Closed = "skipped") -> list[Gate]:
-        kind = "batch" if forced.coins.ndim == 1 else self.gate
-        kind = "sample" if kind == "batch" and forced.coins.ndim == 2 else kind
-        closed = closed if forced.coins.ndim == 1 else "skipped"
+        per_block = forced.coins.ndim == 1
+        kind = "batch" if per_block else "sample" if self.gate == "batch" else self.gate
+        closed = closed if per_block else "skipped"
         gates = training_gates(forced.coins, self._survival, kind, self.scale, closed=closed)
         if not forced.scaled:
             return gates

@@ -28,9 +28,8 @@ class ModuleSnapshot:
                 parent, module = module, getattr(module, part, None)
                 if not isinstance(module, nn.Module):
                     break
-                if (
-                    part in parent._modules
-                ):  # a wrapper may forward the names of the module it wraps
+                # Not those that a wrapper forwards from the module it wraps.
+                if part in parent._modules:
                     held[id(parent), part] = parent._modules, module
             else:
                 self.modules[name] = module

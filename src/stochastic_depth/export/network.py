@@ -125,7 +125,7 @@ def _describe(run: Run, images: Batches, step: int, removed: tuple[int, ...]) ->
     config = run.config
     kind, shape = architecture(config.model, images.shape[0], len(images.classes))
     record = next(record for record in run.records() if record.step == step)
-    survival: dict[str, Any] = copy.deepcopy(config.to_json()["survival"])
+    survival: dict[str, Any] = config.to_json()["survival"]
     return Description(
         Architecture(kind.__name__, shape, removed),
         ImageInput(
@@ -152,20 +152,14 @@ DEPTHS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 BATCH, ROUNDS = 64, 15
 
 
-def measured(
-    plain: Plain,
-    images: Batches,
-    runtime: Runtime,
-    progress: Progress,
-    depths: Sequence[float] = DEPTHS,
-) -> Plain:
-    """Measure the network at each of `depths`: its error, its cost and its BatchNorm statistics.
+def measured(plain: Plain, images: Batches, runtime: Runtime, progress: Progress) -> Plain:
+    """Measure the network at each of `DEPTHS`: its error, its cost and its BatchNorm statistics.
 
     The statistics of each lower depth come from training images. Times are measured on a batch of
     64 images, in turns.
     """
     order, model = plain.description.order, copy.deepcopy(plain.model)
-    counts = dict.fromkeys(blocks_at(depth, len(order)) for depth in depths)
+    counts = dict.fromkeys(blocks_at(depth, len(order)) for depth in DEPTHS)
     networks: dict[int, nn.Module] = {}
     for done, blocks in enumerate(counts):
         progress("recalibrating", done, len(counts))
