@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import stochastic_depth as sd
-from stochastic_depth.gates import BlockGates, Gate, evaluation_gates, training_gates
+from stochastic_depth.export.remove_blocks import ShortcutOnly
+from stochastic_depth.gates import CLOSED, BlockGates, Gate, evaluation_gates, training_gates
 from stochastic_depth.models.resnet import PoolAndPad
 
 PATTERNS = list(itertools.product((False, True), repeat=6))
@@ -323,6 +324,22 @@ def test_an_activation_in_place_leaves_the_input_as_it_was(shortcut, is_open: bo
     h = y + F.linear(y, unit.branch.weight, unit.branch.bias) if is_open else y
     (h.clamp(min=0) * y.square()).sum().backward()
     torch.testing.assert_close(leaf.grad, plain.grad)
+
+
+@pytest.mark.parametrize("without_branch", [False, True])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_an_activation_may_be_given_its_inplace_later(without_branch: bool, replaced: bool) -> None:
+    unit = sd.Residual(nn.Linear(4, 4), activation=nn.ReLU())
+    unit.gates = BlockGates(training=CLOSED)
+    closed = ShortcutOnly(unit) if without_branch else unit
+    if replaced:
+        closed.activation = nn.Sequential(nn.ReLU(inplace=True))
+    else:
+        unit.activation.inplace = True
+    x = torch.randn(3, 4)
+    before = x.clone()
+    assert torch.equal(closed(x), before.relu())
+    assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize("kind", ["batch", "sample", "subset"])

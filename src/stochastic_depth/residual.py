@@ -88,15 +88,12 @@ class Residual(nn.Module):
         self.activation = activation
         self.gates = None
         self._guarded = False
-        self._overwrites = activation is not None and any(
-            getattr(module, "inplace", False) for module in activation.modules()
-        )
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.gate()
         if self.gates is not None and self.training and not torch.is_grad_enabled():
             self._guard_branch()
-        if self._overwrites and not gate.open:
+        if not gate.open and works_in_place(self.activation):
             x = x.clone()  # the activation works in place, and x belongs to the caller
         return residual_step(x, self.branch, self.shortcut, self.activation, gate)
 
@@ -129,6 +126,11 @@ class Residual(nn.Module):
         if self.gates is None or self.gates.evaluation.factor is None:
             return ""
         return f"p={self.gates.evaluation.factor.item():.4g} in evaluation"
+
+
+def works_in_place(module: nn.Module | None) -> bool:
+    """Whether `module`, or a module inside it, has `inplace=True`."""
+    return module is not None and any(getattr(each, "inplace", False) for each in module.modules())
 
 
 def _is_running(method: MethodType) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.errors import TruncateError
 from stochastic_depth.export.configurations import update_configurations
-from stochastic_depth.residual import Residual
+from stochastic_depth.residual import Residual, works_in_place
 
 
 class ShortcutOnly(nn.Module):
@@ -17,10 +17,9 @@ class ShortcutOnly(nn.Module):
         super().__init__()
         self.shortcut = unit.shortcut
         self.activation = unit.activation
-        self._overwrites = unit._overwrites
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._overwrites:
+        if works_in_place(self.activation):
             x = x.clone()  # the activation works in place, and x belongs to the caller
         out = x if self.shortcut is None else self.shortcut(x)
         return out if self.activation is None else self.activation(out)

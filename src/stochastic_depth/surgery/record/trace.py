@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from stochastic_depth.residual import works_in_place
 from stochastic_depth.surgery.addition_functions import ADDITIONS, by_position, scales_second
 from stochastic_depth.surgery.flops import CountFlops
 from stochastic_depth.tensors import tensors_in
@@ -114,7 +115,7 @@ class Recording:
         self.outermost: list[Call] = []
         """The calls that are not made within other calls, in order."""
         self.serial = itertools.count()
-        self.may_overwrite = any(getattr(module, "inplace", False) for module in model.modules())
+        self.may_overwrite = works_in_place(model)
         """Whether any module works in place, even if in training mode only."""
         self._changes: dict[int, list[Change]] = {}
         """For each tensor that was changed in place, by its `id`: the changes, in order."""
