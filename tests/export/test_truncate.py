@@ -1,5 +1,6 @@
 import copy
 import itertools
+import math
 
 import onnxruntime
 import pytest
@@ -109,6 +110,16 @@ def test_recalibration_takes_the_statistics_of_what_is_left():
     norm.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
     model.train()(X)
     assert torch.allclose(mean, seen["x"].double().mean((0, 2, 3)), atol=1e-6)
+
+
+@pytest.mark.parametrize("batches", [iter(()), []])
+def test_a_recalibration_without_a_batch_is_refused_and_leaves_the_statistics(batches):
+    model = network()
+    sd.apply(model)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with pytest.raises(sd.errors.TruncateError, match="an iterator can be used once"):
+        sd.truncate(model, 1, X, recalibrate=batches)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
 def test_batches_that_fail_in_recalibration_leave_the_model_as_it_was():
@@ -230,6 +241,21 @@ def test_blocks_are_dropped_in_the_order_that_costs_least_at_each_step():
         assert step.evaluations == len(tried)
         dropped.add(step.block)
     assert len(found) == 6
+
+
+def test_a_block_without_which_the_loss_is_nan_is_dropped_last():
+    model = network(14)
+    first = sd.apply(model).blocks[0].module
+    assert isinstance(first, sd.Residual)
+    ran = []
+    first.branch.register_forward_hook(lambda *_: ran.append(first))
+
+    def nan_without_it(model):
+        ran.clear()
+        model(X)
+        return 1.0 if ran else math.nan
+
+    assert [step.block for step in sd.drop_order(model, nan_without_it)][-1] == 0
 
 
 def test_a_search_gives_each_module_its_own_mode_back():

@@ -1,5 +1,6 @@
 """`sd.drop_order`: find the blocks that are needed least."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ def drop_order(model: nn.Module, loss: Callable[[nn.Module], float]) -> Iterator
 
     The search is greedy. To choose the n-th of L blocks, the loss is evaluated L - n + 1 times; for
     all of them together, L (L + 1) / 2 times. The iterator may be stopped at any time. `model` is
-    not changed.
+    not changed. A loss of nan counts as the largest.
 
     Args:
         model: a model that `sd.apply` was called on.
@@ -65,6 +66,6 @@ def _dropped(
     while left:
         with in_evaluation(model):
             losses = {block: without(block) for block in left}
-        best = min(left, key=lambda block: losses[block])
+        best = min(left, key=lambda block: (math.isnan(losses[block]), losses[block]))
         left.remove(best)
         yield Dropped(best, losses[best], len(losses))

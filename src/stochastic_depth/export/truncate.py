@@ -1,5 +1,6 @@
 """`sd.truncate`: remove some blocks of a model, and fold p_l into those that stay."""
 
+import itertools
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -52,7 +53,7 @@ def truncate(
     Raises:
         ApplyError: when `sd.apply` was not called on `model`.
         TruncateError: when `keep` does not fit, or a block cannot be removed, which the error
-            names.
+            names, or `recalibrate` gives no batch.
         FoldError: when a kept block cannot take its p_l, or does not run yet because it is 0; the
             block is named. In each case, and when `recalibrate` raises an error, `model` is as it
             was before.
@@ -87,11 +88,27 @@ def truncate(
         )
     check_configuration(twin, example)
     if recalibrate is not None:  # on the copy, because the batches of the caller may fail
-        update_bn(recalibrate, twin, next(twin.parameters()).device)
+        _recalibrate(twin, recalibrate)
     _edit(model, closed, weights)
     if recalibrate is not None:
         for buffer, measured in zip(model.buffers(), twin.buffers(), strict=True):
             buffer.copy_(measured)
+
+
+def _recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Measure the BatchNorm statistics again.
+
+    Raises:
+        TruncateError: when there is no batch.
+    """
+    batches = iter(batches)
+    first = list(itertools.islice(batches, 1))
+    if not first:
+        raise TruncateError(
+            "recalibrate gives no batch to measure BatchNorm statistics from: give a list or a "
+            "loader; an iterator can be used once"
+        )
+    update_bn(itertools.chain(first, batches), model, next(model.parameters()).device)
 
 
 def stages(found: Sequence[FoundBlock]) -> list[list[int]]:
