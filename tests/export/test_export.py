@@ -170,6 +170,10 @@ def rewritten(file, tmp_path, change=lambda values: None, weights=None):
     return path
 
 
+NUMBERS = ("blocks", "validation_error", "test_error", "parameters", "flops", "seconds")
+CHOICE = dict.fromkeys(NUMBERS, 1)
+
+
 @pytest.mark.parametrize(
     ("change", "shown"),
     [
@@ -184,6 +188,13 @@ def rewritten(file, tmp_path, change=lambda values: None, weights=None):
         (lambda v: v["architecture"]["arguments"].update(shell=1), "shell"),
         (lambda v: v["architecture"].update(removed=[99]), "cannot be built"),
         (lambda v: v["architecture"].update(removed=[-1]), "understood"),
+        (lambda v: v["architecture"].update(removed=[0, 0]), "understood"),
+        (lambda v: v["architecture"].update(removed=0), "understood"),
+        (lambda v: v.update(order=[0, 0, 1, 2, 3, 4]), "understood"),
+        (lambda v: v.update(order=[1, 2, 3, 4, 5, 6]), "understood"),
+        (lambda v: v.update(choices=[CHOICE]), "understood"),
+        (lambda v: v.update(order=[0], choices=[CHOICE | {"blocks": 2}]), "understood"),
+        (lambda v: v.update(order=[0], choices=[CHOICE | {"seconds": "1"}]), "understood"),
         (lambda v: v["input"].update(std=[0.0]), "understood"),
         (lambda v: v["input"].update(shape=[1, 10**9, 10**9]), "understood"),
         (lambda v: v["input"].update(mean="x"), "understood"),
@@ -194,6 +205,14 @@ def test_a_description_that_does_not_fit_is_refused(change, shown, file, tmp_pat
     with pytest.raises(sd.errors.ExportError, match=r"changed\.safetensors") as error:
         load_export(path)
     assert shown in str(error.value)
+
+
+@pytest.mark.parametrize("blocks", [5, 7])
+def test_an_order_of_more_or_fewer_blocks_than_the_network_has_is_refused(blocks, file, tmp_path):
+    about = {"order": list(range(blocks)), "choices": [CHOICE]}
+    path = rewritten(file, tmp_path, lambda values: values.update(about))
+    with pytest.raises(sd.errors.ExportError, match=f"orders {blocks} blocks, its network has 6"):
+        load_export(path, depth=1 / blocks)
 
 
 def test_foreign_and_damaged_files_are_refused(file, tmp_path):

@@ -142,11 +142,11 @@ def read_description(text: str) -> Description:
                 "choices": tuple(DepthChoice(**choice) for choice in values["choices"]),
             }
         )
+        _check(read)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, ExportError):
             raise
         raise ExportError(f"its description cannot be understood: {error}") from error
-    _check(read)
     return read
 
 
@@ -155,19 +155,25 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(read: Description) -> None:
-    """Raise `ExportError` for numbers that are out of range."""
+    """Raise `ExportError` for numbers that are out of range, or do not fit each other."""
     shape, mean, std = read.input.shape, read.input.mean, read.input.std
+    removed, order = read.architecture.removed, read.order
+    counts = [choice.blocks for choice in read.choices]
     right = (
         len(shape) == 3
         and all(isinstance(n, int) and 0 < n <= 4096 for n in (*shape, read.input.shorter_side))
         and len(mean) == len(std) == shape[0] in (1, 3)
         and all(isinstance(n, int | float) for n in (*mean, *std))
         and all(n > 0 for n in std)
-        and all(isinstance(n, int) and n >= 0 for n in (*read.architecture.removed, *read.order))
+        and all(isinstance(n, int) and n >= 0 for n in (*removed, *order, *counts))
+        and len(set(removed)) == len(removed)
+        and sorted(order) == list(range(len(order)))
+        and all(1 <= n <= len(order) for n in counts)
+        and all(isinstance(n, int | float) for c in read.choices for n in dataclasses.astuple(c))
         and isinstance(read.architecture.arguments, dict)
     )
     if not right:
         raise ExportError(
-            f"its description cannot be understood: input {read.input}, blocks removed "
-            f"{read.architecture.removed}, order {read.order}"
+            f"its description cannot be understood: input {read.input}, blocks removed {removed}, "
+            f"order {order}, measured with {counts} blocks"
         )

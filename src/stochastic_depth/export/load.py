@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.errors import ExportError
 from stochastic_depth.export.description import CHECKSUM, KEY, Description, read_description
-from stochastic_depth.export.remove_blocks import remove_blocks
+from stochastic_depth.export.remove_blocks import blocks_of, remove_blocks
 from stochastic_depth.files import is_there
 from stochastic_depth.train.weights import checksum, read_safetensors
 
@@ -68,16 +68,19 @@ def _lower(
     """Remove the least needed blocks, and load the statistics that were measured without them.
 
     Raises:
-        ExportError: when the file has one depth only, or was not measured at `depth`.
+        ExportError: when the file has one depth only, was not measured at `depth`, or orders the
+            blocks of a different network.
     """
     if not description.order:
         raise ExportError(f"depth={depth}: its depth is fixed; export with --elastic to choose it")
+    blocks = len(blocks_of(model))
+    if len(description.order) != blocks:
+        raise ExportError(f"it orders {len(description.order)} blocks, its network has {blocks}")
     choice = description.choice_at(depth)
     if choice is None:
-        blocks = len(description.order)
         known = ", ".join(f"{each.blocks / blocks:.2g}" for each in description.choices)
         raise ExportError(f"depth={depth} was not measured: choose one of {known}")
-    remove_blocks(model, description.order[: len(description.order) - choice.blocks])
+    remove_blocks(model, description.order[: blocks - choice.blocks])
     start = f"{choice.blocks}/"
     own = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
     _load(model, model.state_dict() | own)
