@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import stochastic_depth as sd
+from stochastic_depth.export.exponents import FORMS
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.models.published import published
 from stochastic_depth.models.resnet import bottleneck
@@ -123,6 +124,19 @@ class Ghost(nn.Module):
         return torch.cat((half, self.cheap(half)), 1)
 
 
+class Warp(nn.Module):
+    """Samples a picture on a grid that is learned."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(WIDTH, WIDTH, 1)
+        self.grid = nn.Parameter(torch.rand(6, 6, 2) - 0.5)
+
+    def forward(self, x):
+        x, grid = torch.relu(self.conv(x)), self.grid.expand(len(x), -1, -1, -1)
+        return F.grid_sample(x, grid, align_corners=False)
+
+
 def mlp(*tail: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Linear(WIDTH, 12), nn.GELU(), nn.Linear(12, WIDTH), *tail)
 
@@ -149,11 +163,27 @@ ROW, PICTURE = torch.randn(4, WIDTH), torch.randn(4, WIDTH, 6, 6)
         (lambda: conv(nn.GroupNorm(2, WIDTH), nn.LeakyReLU()), PICTURE),
         (lambda: conv(nn.MaxPool2d(3, 1, 1)), PICTURE),
         (lambda: SqueezeAndExcite(), PICTURE),
+        (lambda: Warp(), PICTURE),
     ],
-    ids="linear norm relu scale sum ghost weight-norm conv batch-norm leaky pool squeeze".split(),
+    ids=(
+        "linear norm relu scale sum ghost weight-norm conv batch-norm leaky pool squeeze warp"
+    ).split(),
 )
 def test_a_branch_that_ends_in_something_linear_takes_its_factor(make, example):
     assert_folds(Net(make), example)
+
+
+def test_the_arguments_of_every_form_are_those_of_its_operation():
+    def schemas(operation):
+        for name in (operation, f"{operation}_"):
+            packet = getattr(torch.ops.aten, name, None)
+            overloads = () if packet is None else packet.overloads()
+            yield from (getattr(packet, overload)._schema for overload in overloads)
+
+    for operation, form in FORMS.items():
+        names = {argument.name for schema in schemas(operation) for argument in schema.arguments}
+        assert names or operation == "_grouped_mm", operation  # newer than the oldest PyTorch
+        assert not names or names.issuperset(form.factors + form.addends), operation
 
 
 def test_the_last_batch_norm_of_a_residual_unit_is_multiplied_by_its_p_and_nothing_else():

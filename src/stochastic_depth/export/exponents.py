@@ -182,6 +182,7 @@ FORMS: dict[str, Form] = {
     "index_put": Form(addends=("self", "values")),
     "copy": Form(("src",)),
     "embedding": Form(("weight",)),
+    "grid_sampler_2d": Form(("input",)),
     "_weight_norm_interface": Form(("g",)),
     "_prelu_kernel": ITSELF,
     "zeros": Form(),
@@ -196,7 +197,7 @@ FORMS |= dict.fromkeys(
     "replication_pad2d view_as_real view_as_complex _fft_r2c _fft_c2r _fft_c2c mean sum cumsum neg "
     "amax relu leaky_relu avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d "
     "_adaptive_avg_pool3d max_pool2d_with_indices max_pool3d_with_indices upsample_nearest2d "
-    "upsample_bilinear2d upsample_bicubic2d diagonal movedim lift_fresh grid_sampler_2d".split(),
+    "upsample_bilinear2d upsample_bicubic2d diagonal movedim lift_fresh".split(),
     ITSELF,
 )
 NORMALISATION = ("batch_norm", "layer_norm", "group_norm", "rms_norm")
