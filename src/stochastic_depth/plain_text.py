@@ -19,7 +19,7 @@ def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int) -
 def si(count: float) -> str:
     """A count with three digits and a unit prefix, such as "1.23 G"."""
     for unit in ("", "k", "M", "G", "T"):
-        if count < 1000:
+        if float(f"{count:.3g}") < 1000:
             return f"{count:.3g} {unit}".rstrip()
         count /= 1000
     return f"{count:.3g} P"
