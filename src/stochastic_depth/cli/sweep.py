@@ -11,10 +11,11 @@ from stochastic_depth.choices import RuleName, SweepKind
 from stochastic_depth.cli.arguments import (
     Flag,
     choose,
+    config_errors_refused,
     options_in,
     parse_recipe,
+    refuse,
     refuse_without_effect,
-    usage_errors,
 )
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.lab.options import check_gatings
@@ -137,8 +138,7 @@ def sweep(arguments: list[str]) -> int:
     for swept, instead in SWEPT[kind].items():
         for option in given:
             if option == swept or option.startswith(f"{swept}."):
-                with usage_errors():
-                    raise ConfigError(f"{option} is swept: give {instead} instead")
+                refuse(f"{option} is swept: give {instead} instead")
     about = f"{ABOUT}\nThe grid has {KINDS[kind]}."
     common = *COMMON[kind], "--seeds INT", "--workers INT", "--out DIR"
     asked = parse_recipe(f"sweep {kind}", about, rest, OPTIONS[kind], common)
@@ -148,7 +148,7 @@ def sweep(arguments: list[str]) -> int:
     with console.starting():
         from stochastic_depth.lab.sweep.folder import open_sweep
     folder = asked.out or Path("runs") / f"sweep-{kind}-{asked.config.recipe}"
-    with usage_errors():
+    with config_errors_refused():
         grid = asked.grid()
         configs = [point.of(asked.config) for point in grid.points()]
     refuse_without_effect(configs, rest)

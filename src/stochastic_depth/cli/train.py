@@ -17,9 +17,9 @@ from stochastic_depth.cli.arguments import (
     choose,
     parse,
     parse_recipe,
+    refuse,
     refuse_without_effect,
     require_run,
-    usage_errors,
 )
 from stochastic_depth.errors import ConfigError, Interrupted, RunError
 from stochastic_depth.extras import require
@@ -107,8 +107,7 @@ class Evaluate:
 
 def train(arguments: list[str]) -> int:
     if any(argument.split("=")[0] == "--resume" for argument in arguments):
-        with usage_errors():
-            _check_resume(arguments)
+        _check_resume(arguments)
         asked = parse(Resume, "train", arguments)
         assert asked.resume is not None
         require_run(asked.resume)
@@ -124,13 +123,13 @@ def _check_resume(arguments: list[str]) -> None:
     for argument in arguments:
         name = argument.split("=")[0]
         if name == "--epochs":
-            raise ConfigError(
+            refuse(
                 "--epochs cannot be given with --resume: a run cannot be extended, its learning "
                 "rate and its schedule are fixed by the epochs it began with. Begin another run "
                 "with more: stochastic-depth train RECIPE --epochs N --run FOLDER"
             )
         if name.startswith("--") and name not in known:
-            raise ConfigError(
+            refuse(
                 f"{name} cannot be given with --resume, which keeps the configuration that the "
                 "run began with: leave it out, or begin another run with it"
             )
@@ -331,8 +330,7 @@ def recipes(arguments: list[str]) -> int:
         return 0
     name, more = choose("stochastic-depth recipes", RECIPES_ABOUT, "recipe", summaries, arguments)
     if more:
-        with usage_errors():
-            raise ConfigError(f"{shlex.join(more)} is too much: give one recipe, or none")
+        refuse(f"{shlex.join(more)} is too much: give one recipe, or none")
     console.print(describe_recipe(name))
     console.print_json(json.dumps(RECIPES[name]().to_json()))
     return 0
