@@ -144,7 +144,7 @@ def test_a_sweep_that_cannot_go_on_says_how_to(capfd):
         (["survival", "--rules=constant", "--survival.gate=sample"], 2, "gate is sample, which"),
         (["survival", "--rules=constant", "--schedule", "early"], 2, "schedule is early, which"),
         (["depth", "digits-constant"], 2, "constant depth: sweep a stochastic one"),
-        (["survival", "--survival", "0", "0.5"], 2, "--survival has 0.0: it must be above 0"),
+        (["survival", "--survival", "0", "0.5"], 2, "--survival is 0.0: it must be above 0"),
         (["survival", "--survival"], 2, "the grid has no survival"),
         (["depth", "--depths", "21"], 1, "depth=21"),
         (["survival", "--workers", "0"], 2, "--workers is 0"),

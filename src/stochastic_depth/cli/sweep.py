@@ -20,7 +20,7 @@ from stochastic_depth.cli.arguments import (
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.lab.options import check_gatings
 from stochastic_depth.recipes.paper import gatings
-from stochastic_depth.train.checks import at_least
+from stochastic_depth.train.checks import at_least, check_probability
 from stochastic_depth.train.config import Config
 
 if TYPE_CHECKING:
@@ -74,8 +74,7 @@ class Options:
     def check(self) -> None:
         at_least(1, seeds=self.seeds, workers=self.workers, threads=self.threads)
         for final in self.survival:
-            if not 0 < final <= 1:
-                raise ConfigError(f"--survival has {final}: it must be above 0 and at most 1")
+            check_probability("--survival", final)
 
     def chosen_seeds(self) -> tuple[int, ...]:
         return tuple(range(self.config.seed, self.config.seed + self.seeds))

@@ -19,7 +19,7 @@ from stochastic_depth.choices import (
     SkippedPolicy,
 )
 from stochastic_depth.errors import ConfigError
-from stochastic_depth.train.checks import check_that, finite, positive
+from stochastic_depth.train.checks import check_probability, check_that, finite, positive
 from stochastic_depth.train.plain_json import plain, restore
 from stochastic_depth.train.schedule_config import ScheduleConfig
 
@@ -102,7 +102,7 @@ class SurvivalConfig:
     )
 
     def __post_init__(self) -> None:
-        check_that(0 < self.final <= 1, "survival.final", self.final, "above 0 and at most 1")
+        check_probability("survival.final", self.final)
         finite("survival", self)
         if self.closed == "forward-only" and (self.gate != "batch" or self.scale is not None):
             raise ConfigError(
