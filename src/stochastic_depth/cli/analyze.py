@@ -27,14 +27,14 @@ class Question:
         tyro.conf.Positional[tuple[Path, ...]],
         tyro.conf.arg(metavar="RUN...", help_behavior_hint=""),
     ]
-    """The run folders. Runs that differ only in their seed form one group."""
+    """The run folders. Runs on the same data that differ only in their seed form one group."""
 
     def check(self) -> None:
         if not self.runs:
             raise ConfigError("no RUN is given: name one run folder or several")
 
     def experiments(self) -> list["Experiment"]:
-        """The runs in groups; a run and its copies count once.
+        """The runs in groups; a seed counts once.
 
         Raises:
             RunError: when one of them has no record yet.
