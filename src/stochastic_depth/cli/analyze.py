@@ -69,6 +69,8 @@ class NetworkQuestion(Question):
     """The checkpoint of the lowest validation error, or the newest."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where their data is now (none: where it was)."""
+    device: str | None = None
+    """Where to compute (none: on the device the run began on)."""
     again: Flag = False
     """Measure the networks again, even if their folders have a result with the same settings."""
 
@@ -78,7 +80,7 @@ class NetworkQuestion(Question):
 
         for experiment in experiments:
             for recorded in experiment.runs:
-                yield load_trained(recorded.run.path, self.data, self.checkpoint)
+                yield load_trained(recorded.run.path, self.data, self.checkpoint, self.device)
 
 
 @dataclass(frozen=True)

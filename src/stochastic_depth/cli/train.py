@@ -38,7 +38,7 @@ Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 
 TRAIN = """Train one network; everything is written to one run folder.
 
-Go on with a run: stochastic-depth train --resume RUN [--data DIR] [--quiet]
+Go on with a run: stochastic-depth train --resume RUN [--data DIR] [--device STR]
 
 By N processes: torchrun --nproc-per-node N -m stochastic_depth -- train RECIPE
 """
@@ -69,6 +69,8 @@ class Resume:
     """Resume this run from its newest checkpoint, with the configuration it began with."""
     data: Folder = None
     """Where its data is now (none: where it was)."""
+    device: str | None = None
+    """Where to compute (none: on the device the run began on)."""
     quiet: Flag = False
     """Print nothing."""
 
@@ -103,6 +105,8 @@ class Evaluate:
     """The checkpoint of the lowest validation error, or the newest."""
     data: Folder = None
     """Where its data is now (none: where it was)."""
+    device: str | None = None
+    """Where to compute (none: on the device the run began on)."""
 
 
 def train(arguments: list[str]) -> int:
@@ -119,9 +123,11 @@ def train(arguments: list[str]) -> int:
 
 
 def _check_resume(arguments: list[str]) -> None:
-    known = ("--resume", "--data", "--quiet", "--help")
+    known = ("--resume", "--data", "--device", "--quiet", "--help")
     for argument in arguments:
         name = argument.split("=")[0]
+        if name == "--data.root":
+            refuse("--data.root cannot be given with --resume: give --data DIR")
         if name == "--epochs":
             refuse(
                 "--epochs cannot be given with --resume: a run cannot be extended, its learning "
@@ -149,7 +155,7 @@ def _resume(asked: Resume, console: "PlainConsole") -> int:
     from stochastic_depth.train import reopen
 
     assert asked.resume is not None
-    return _train(*reopen(asked.resume, asked.data), console)
+    return _train(*reopen(asked.resume, asked.data, asked.device), console)
 
 
 def _begin(begun: Begin, console: "PlainConsole") -> int:
@@ -298,7 +304,7 @@ def eval(arguments: list[str]) -> int:
     with console.starting():
         from stochastic_depth.train import reopen, trained_model
         from stochastic_depth.train.step import evaluate_parts
-    run, images = reopen(asked.run, asked.data)
+    run, images = reopen(asked.run, asked.data, asked.device)
     model, step = trained_model(run, images, asked.checkpoint)
     from rich.table import Table
 
