@@ -120,13 +120,18 @@ def test_a_sweep_of_which_every_run_failed_tells_why_and_is_an_error(capsys):
     assert "0 of 2" in shown
 
 
-def test_a_sweep_that_cannot_go_on_says_how_to(capfd):
+def test_a_sweep_that_cannot_go_on_says_how_to(tmp_path, capfd):
     forkserver._forkserver._stop()  # what workers print goes where the next one prints
-    arguments = ["sweep", "survival", "cifar10-resnet110", "--data.root", "nowhere", "--seeds", "1"]
+    arguments = [*SURVIVAL, "--rules", "constant", "--quiet"]
+    assert main(arguments) == 0
+    run = tmp_path / "runs/sweep-survival-digits/runs/constant-depth8-seed1"
+    for name in ("model.safetensors", "config.json"):
+        (run / name).unlink()
+    capfd.readouterr()
     assert main(arguments) == 1
     shown = capfd.readouterr()
-    assert "nowhere: does not exist" in shown.err
-    assert "21 of 21 runs are not finished" in shown.out
+    assert "constant-depth8-seed1 has lost its config.json" in shown.err
+    assert "1 of 2 runs are not finished" in shown.out
     assert f"go on:  stochastic-depth {' '.join(arguments)}" in shown.out
 
 
