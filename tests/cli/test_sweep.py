@@ -5,6 +5,8 @@ import subprocess
 import sys
 import time
 from multiprocessing import forkserver
+from operator import length_hint
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -152,6 +154,7 @@ def test_a_sweep_that_cannot_go_on_says_how_to(tmp_path, capfd):
         (["survival", "--survival", "0", "0.5"], 2, "--survival is 0.0: it must be above 0"),
         (["survival", "--survival"], 2, "the grid has no survival"),
         (["depth", "--depths", "21"], 1, "depth=21"),
+        (["gates", "digits", "--engine", "program"], 1, "engine is program"),
         (["survival", "--workers", "0"], 2, "--workers is 0"),
         (["survival", "--seeds", "0"], 2, "--seeds is 0"),
         (["survival", "--threads", "0"], 2, "--threads is 0"),
@@ -162,6 +165,7 @@ def test_what_cannot_be_swept_is_one_line(arguments, code, shown, capsys):
     error = capsys.readouterr().err
     assert shown in error
     assert error.count("\n") == 1
+    assert not Path("runs").exists()
 
 
 def test_what_has_an_effect_in_a_part_of_the_grid_alone_is_swept(tmp_path, capsys):

@@ -117,9 +117,9 @@ def test_a_run_that_diverges_fails_with_its_sentence_once_and_the_others_go_on(t
     assert all((sweep.path(p) / "config.json").stat().st_mtime == 0 for p in grid.points())
 
 
-def test_missing_data_stops_the_worker_and_fails_no_run(tmp_path):
-    config = replace(SMALL, data=DataConfig(name="cifar10", root=tmp_path / "nowhere"))
-    sweep = open_sweep(tmp_path / "sweep", "survival", GRID, config)
+def test_missing_data_stops_the_worker_and_fails_no_run(sweep, tmp_path):
+    moved = DataConfig(name="cifar10", root=tmp_path / "nowhere")
+    sweep = replace(sweep, config=replace(SMALL, data=moved))
     with pytest.raises(DataError, match="nowhere"):
         work(sweep, lambda: None)
     assert not any(map(sweep.ended, GRID.points()))
