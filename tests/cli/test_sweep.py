@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 from filelock import FileLock
 
 from stochastic_depth.cli import main
+from stochastic_depth.lab.sweep import workers
+from stochastic_depth.lab.sweep.workers import Workers
 from stochastic_depth.train import open_run
 
 SMALL = "--model.depth 8 --data.train 300 --epochs 2 --evaluate-every 3 --threads 1".split()
@@ -135,6 +138,26 @@ def test_a_sweep_that_cannot_go_on_says_how_to(tmp_path, capfd):
     assert "constant-depth8-seed1 has lost its config.json" in shown.err
     assert "1 of 2 runs are not finished" in shown.out
     assert f"go on:  stochastic-depth {' '.join(arguments)}" in shown.out
+
+
+def test_each_worker_that_is_killed_is_told_once_by_its_own_signal(monkeypatch, capsys):
+    rounds = iter([[], [9], [15, 9], [15, 9]])
+
+    class Killed(Workers):
+        def __enter__(self):
+            return self
+
+        def working(self):
+            self.now = next(rounds)
+            return length_hint(rounds) > 0
+
+        def killed(self):
+            return self.now
+
+    monkeypatch.setattr(workers, "Workers", Killed)
+    assert main([*SURVIVAL, "--rules", "constant"]) == 1
+    told = re.findall(r"killed by signal (\d+)", capsys.readouterr().out)
+    assert told == ["9", "15"]
 
 
 @pytest.mark.parametrize(

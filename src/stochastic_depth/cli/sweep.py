@@ -1,6 +1,7 @@
 """stochastic-depth sweep: train a recipe at every point of a grid."""
 
 import shlex
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -169,12 +170,13 @@ def _run(sweep: "Sweep", asked: Options, console: "PlainConsole", again: str) ->
         SweepProgress(sweep, console, asked.quiet) as progress,
         Workers(sweep, asked.workers, threads) as workers,
     ):
-        known = 0
+        told: Counter[int] = Counter()
         while workers.working() and not stop():
             progress.look(read_claims(sweep))
-            for signal in workers.killed()[known:]:
+            killed = Counter(workers.killed())
+            for signal in (killed - told).elements():
                 progress.say(f"a worker was killed by signal {signal}; others go on with its run")
-            known = len(workers.killed())
+            told = killed
         progress.look([])
         killed = workers.killed()
     points = sweep.grid.points()
