@@ -39,7 +39,8 @@ class DataConfig:
     train: int | None = None
     """Train on a fixed random subset of this many images (none: all images)."""
     size: int | None = None
-    """Reduce the images to this many pixels a side (none: their own size)."""
+    """Reduce the images to this many pixels a side (none: their own size, or 224 for folders
+    of pictures)."""
     augment: bool | None = None
     """Randomly crop and flip the training images (none: those of all data sets but SVHN and
     digits)."""
