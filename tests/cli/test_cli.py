@@ -122,6 +122,7 @@ def test_the_version(capsys):
         (["compare", "digits-constant"], "constant depth already"),
         (["train", "--resume", "nowhere", "--epochs", "9"], "a run cannot be extended"),
         (["train", "--resume", "nowhere", "--seed=1"], "--seed cannot be given with --resume"),
+        (["train", "--resume", "run", "--data.root", "D"], "with --resume: give --data DIR"),
         (["export", "nowhere", "--depth", "2"], "--depth is 2.0: it must be above 0"),
         (["export", "nowhere", "--elastic", "--format", "onnx"], "--elastic keeps all blocks"),
         (["predict", "nowhere", "picture.png", "--depth", "0"], "--depth is 0.0"),

@@ -1,15 +1,20 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from multiprocessing import forkserver
+from operator import length_hint
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
 from stochastic_depth.cli import main
+from stochastic_depth.lab.sweep import workers
+from stochastic_depth.lab.sweep.workers import Workers
 from stochastic_depth.train import open_run
 
 SMALL = "--model.depth 8 --data.train 300 --epochs 2 --evaluate-every 3 --threads 1".split()
@@ -120,14 +125,39 @@ def test_a_sweep_of_which_every_run_failed_tells_why_and_is_an_error(capsys):
     assert "0 of 2" in shown
 
 
-def test_a_sweep_that_cannot_go_on_says_how_to(capfd):
+def test_a_sweep_that_cannot_go_on_says_how_to(tmp_path, capfd):
     forkserver._forkserver._stop()  # what workers print goes where the next one prints
-    arguments = ["sweep", "survival", "cifar10-resnet110", "--data.root", "nowhere", "--seeds", "1"]
+    arguments = [*SURVIVAL, "--rules", "constant", "--quiet"]
+    assert main(arguments) == 0
+    run = tmp_path / "runs/sweep-survival-digits/runs/constant-depth8-seed1"
+    for name in ("model.safetensors", "config.json"):
+        (run / name).unlink()
+    capfd.readouterr()
     assert main(arguments) == 1
     shown = capfd.readouterr()
-    assert "nowhere: does not exist" in shown.err
-    assert "21 of 21 runs are not finished" in shown.out
+    assert "constant-depth8-seed1 has lost its config.json" in shown.err
+    assert "1 of 2 runs are not finished" in shown.out
     assert f"go on:  stochastic-depth {' '.join(arguments)}" in shown.out
+
+
+def test_each_worker_that_is_killed_is_told_once_by_its_own_signal(monkeypatch, capsys):
+    rounds = iter([[], [9], [15, 9], [15, 9]])
+
+    class Killed(Workers):
+        def __enter__(self):
+            return self
+
+        def working(self):
+            self.now = next(rounds)
+            return length_hint(rounds) > 0
+
+        def killed(self):
+            return self.now
+
+    monkeypatch.setattr(workers, "Workers", Killed)
+    assert main([*SURVIVAL, "--rules", "constant"]) == 1
+    told = re.findall(r"killed by signal (\d+)", capsys.readouterr().out)
+    assert told == ["9", "15"]
 
 
 @pytest.mark.parametrize(
@@ -144,9 +174,10 @@ def test_a_sweep_that_cannot_go_on_says_how_to(capfd):
         (["survival", "--rules=constant", "--survival.gate=sample"], 2, "gate is sample, which"),
         (["survival", "--rules=constant", "--schedule", "early"], 2, "schedule is early, which"),
         (["depth", "digits-constant"], 2, "constant depth: sweep a stochastic one"),
-        (["survival", "--survival", "0", "0.5"], 2, "--survival has 0.0: it must be above 0"),
+        (["survival", "--survival", "0", "0.5"], 2, "--survival is 0.0: it must be above 0"),
         (["survival", "--survival"], 2, "the grid has no survival"),
         (["depth", "--depths", "21"], 1, "depth=21"),
+        (["gates", "digits", "--engine", "program"], 1, "engine is program"),
         (["survival", "--workers", "0"], 2, "--workers is 0"),
         (["survival", "--seeds", "0"], 2, "--seeds is 0"),
         (["survival", "--threads", "0"], 2, "--threads is 0"),
@@ -157,6 +188,7 @@ def test_what_cannot_be_swept_is_one_line(arguments, code, shown, capsys):
     error = capsys.readouterr().err
     assert shown in error
     assert error.count("\n") == 1
+    assert not Path("runs").exists()
 
 
 def test_what_has_an_effect_in_a_part_of_the_grid_alone_is_swept(tmp_path, capsys):

@@ -231,11 +231,19 @@ def test_a_picture_that_is_none_is_named_by_its_path(tmp_path, pictures):
         read_cifar(tmp_path, CIFAR10)
 
 
-def test_a_packed_archive_is_to_be_unpacked(tmp_path):
-    archive = tmp_path / "cifar-10-python.tar.gz"
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("cifar-10-python.tar.gz", "tar -xf {archive} -C {folder}"),
+        ("cifar10.zip", "python -m zipfile -e {archive} {folder}"),
+    ],
+)
+def test_a_packed_archive_is_to_be_unpacked(name, command, tmp_path):
+    archive = tmp_path / name
     archive.write_bytes(b"x")
+    command = command.format(archive=archive, folder=tmp_path)
     for root in (tmp_path, archive):
-        with pytest.raises(DataError, match=f"not unpacked: tar -xf {archive} -C {tmp_path}"):
+        with pytest.raises(DataError, match=f"not unpacked: {command}"):
             read_cifar(root, CIFAR10)
 
 

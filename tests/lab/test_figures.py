@@ -68,6 +68,27 @@ def test_a_block_that_was_never_open_has_no_gradient(experiment):
     assert {row["gradient"] for row in figure.rows if row["block"] == 6} == {None}
 
 
+@pytest.mark.parametrize(
+    ("last", "epochs", "sentence"),
+    [
+        ([None] * 6, ["Epoch 1"], "At epoch 1 the gradient is 0.2 times as strong at block 5"),
+        ([0.1, *[None] * 5], ["Epoch 1", "Epoch 2"], "At epoch 2 fewer than two blocks have a "),
+    ],
+)
+def test_epochs_are_shown_that_have_gradients_of_blocks(experiment, last, epochs, sentence):
+    def changed(run, n, gradients):
+        records = list(run.records)
+        records[n] = replace(records[n], block_gradients=gradients)
+        return replace(run, records=tuple(records))
+
+    figure = block_gradients(experiment._of(lambda run: changed(run, -1, last)))
+    assert [panel.title for panel in figure.panels] == epochs
+    assert figure.sentence.startswith(sentence)
+    (run, *_) = experiment.runs
+    apart = experiment._of(lambda other: changed(other, 0 if other is run else -1, [None] * 6))
+    assert block_gradients(apart) is None
+
+
 def test_active_blocks_are_counted_over_seeds_and_epochs(experiment):
     figure = active_blocks_figure(experiment.stochastic[0])
     assert {row["active_blocks"]: row["steps"] for row in figure.rows} == {

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from stochastic_depth.lab.outcomes import RunOutcome, interval_steps
+from stochastic_depth.lab.outcomes import RunOutcome, experiments, interval_steps
 from stochastic_depth.lab.training_curves import training_time
 from stochastic_depth.train import layout
 from stochastic_depth.train.schedule_config import ScheduleConfig
@@ -63,6 +63,22 @@ def test_active_blocks_are_averaged_over_steps(experiment):
     (run, *_) = timed(experiment.series[1], (0.1, 0.1, 0.1, 0.1)).runs
     assert interval_steps(run.records) == LENGTHS
     assert RunOutcome.of(run.records).active_blocks == pytest.approx((300 * 4 + 7 * 6) / 307)
+
+
+def test_a_run_on_other_data_is_no_other_seed(experiment):
+    (run, *_) = experiment.stochastic[0].runs
+    config = replace(run.run.config, seed=7)
+    other = replace(run, run=replace(run.run, id="other", config=config, fingerprint="of birds"))
+    found = experiments([run, other])
+    assert [list(one.runs) for one in found] == [[run], [other]]
+    assert found[1].title == f"{found[0].title} (2)"
+
+
+def test_a_seed_that_is_trained_again_counts_once_as_far_as_it_has_come(experiment):
+    (run, *_) = experiment.stochastic[0].runs
+    again = replace(run, run=replace(run.run, id="again"), records=run.records[:1])
+    (found,) = experiments([again, run])
+    assert list(found.runs) == [run]
 
 
 def test_a_kind_whose_runs_all_failed_does_not_hold_up_the_others(experiment, tmp_path):

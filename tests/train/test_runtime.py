@@ -1,13 +1,17 @@
+import shutil
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 import stochastic_depth
+from stochastic_depth.cli import main
 from stochastic_depth.errors import ConfigError
-from stochastic_depth.train import Config, begin, fit, reopen
+from stochastic_depth.train import Config, begin, fit, open_run, reopen
 from stochastic_depth.train.runtime import machine, resolve_runtime, versions
+from support.runs import edit_description
 
 
 def test_auto_takes_a_gpu_if_there_is_one():
@@ -41,6 +45,58 @@ def test_a_run_on_a_numbered_cpu_is_one_on_the_cpu(small, path, silent):
     next(records)
     records.close()
     assert len(list(fit(*reopen(path), silent))) == 4
+
+
+@pytest.fixture
+def elsewhere(finished, path):
+    """A run that has ended on a device that is not here."""
+    shutil.copytree(finished, path)
+    edit_description(path, lambda described: described["runtime"].update(device="cuda:99"))
+    return path
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "eval {run}",
+        "train --resume {run}",
+        "export {run} --out {folder}/out.safetensors",
+        "predict {run} {folder}/picture.png",
+        "analyze ensemble {run} --subnetworks 1",
+        "analyze pruning {run} --points 2 --repeats 2 --batch 2 --recalibrate-on 32",
+    ],
+)
+def test_a_run_of_a_device_that_is_not_here_goes_on_by_another_one(
+    command, elsewhere, tmp_path, capsys
+):
+    Image.new("L", (8, 8)).save(tmp_path / "picture.png")
+    arguments = command.format(run=elsewhere, folder=tmp_path).split()
+    assert main(arguments) == 1
+    assert "device is 'cuda:99', which cannot be used" in capsys.readouterr().err
+    assert main([*arguments, "--device", "cpu"]) == 0
+
+
+def test_a_run_goes_on_by_another_device_in_the_precision_it_began_with(elsewhere):
+    other = {"bfloat16": "float32", "float32": "bfloat16"}
+    before = open_run(elsewhere).runtime.precision
+    for precision in (before, other[before]):
+        edit_description(elsewhere, lambda d, p=precision: d["runtime"].update(precision=p))
+        run, images = reopen(elsewhere, device="cpu")
+        assert (run.runtime.device, run.runtime.precision) == ("cpu", precision)
+        assert images.mean.device.type == "cpu"
+
+
+def test_the_device_of_a_run_given_again_changes_nothing(finished):
+    assert reopen(finished, device=open_run(finished).runtime.device)[0] == reopen(finished)[0]
+
+
+def test_several_processes_go_on_by_autograd_with_a_run_of_the_block_program(
+    small, path, monkeypatch
+):
+    begin(replace(small, engine="program"), path)
+    for module in ("engine_choice", "open"):
+        monkeypatch.setattr(f"stochastic_depth.train.{module}.ranks", lambda: 2)
+    assert reopen(path)[0].runtime.engine == "eager"
 
 
 def test_a_device_that_fails_without_a_reason_is_named(monkeypatch):
@@ -78,7 +134,5 @@ def test_the_versions_are_those_of_what_runs():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: a run on CUDA")
 def test_a_gpu_trains(tmp_path):
-    from stochastic_depth.cli import main
-
     arguments = ["--model.depth", "20", "--epochs", "2", "--device", "cuda", "--quiet"]
     assert main(["train", "digits", *arguments, "--run", str(tmp_path / "run")]) == 0

@@ -27,14 +27,14 @@ class Question:
         tyro.conf.Positional[tuple[Path, ...]],
         tyro.conf.arg(metavar="RUN...", help_behavior_hint=""),
     ]
-    """The run folders. Runs that differ only in their seed form one group."""
+    """The run folders. Runs on the same data that differ only in their seed form one group."""
 
     def check(self) -> None:
         if not self.runs:
             raise ConfigError("no RUN is given: name one run folder or several")
 
     def experiments(self) -> list["Experiment"]:
-        """The runs in groups; a run and its copies count once.
+        """The runs in groups; a seed counts once.
 
         Raises:
             RunError: when one of them has no record yet.
@@ -69,6 +69,8 @@ class NetworkQuestion(Question):
     """The checkpoint of the lowest validation error, or the newest."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where their data is now (none: where it was)."""
+    device: str | None = None
+    """Where to compute (none: on the device the run began on)."""
     again: Flag = False
     """Measure the networks again, even if their folders have a result with the same settings."""
 
@@ -78,7 +80,7 @@ class NetworkQuestion(Question):
 
         for experiment in experiments:
             for recorded in experiment.runs:
-                yield load_trained(recorded.run.path, self.data, self.checkpoint)
+                yield load_trained(recorded.run.path, self.data, self.checkpoint, self.device)
 
 
 @dataclass(frozen=True)

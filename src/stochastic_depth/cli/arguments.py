@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import tyro
 
@@ -27,6 +27,28 @@ COMMON = ("--data.root DIR", "--epochs INT", "--seed INT", "--optimizer.batch IN
 
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 """An option without a value, which has no opposite."""
+
+
+def refuse(message: str) -> NoReturn:
+    """Print what is wrong with the command line, and exit with code 2."""
+    print(f"error: {escaped(message)}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def refuse_unknown(what: str, given: str, known: Iterable[str]) -> NoReturn:
+    """`refuse`, because there is no `what` named `given`; similar names are given."""
+    close = difflib.get_close_matches(given, list(known), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(known)}"
+    refuse(f"there is no {what} {given!r}; {hint}")
+
+
+@contextmanager
+def config_errors_refused() -> Iterator[None]:
+    """While entered, a ConfigError is one of the command line: `refuse` it."""
+    try:
+        yield
+    except ConfigError as error:
+        refuse(str(error))
 
 
 def choose(
@@ -50,15 +72,7 @@ def choose(
     if name in ("-h", "--help"):
         show_choices(f"{program} [-h] {what.upper()} ...", about, f"{what}s", choices)
         raise SystemExit(0)
-    raise SystemExit(usage_error(what, name, choices))
-
-
-def usage_error(what: str, given: str, known: Iterable[str]) -> int:
-    """Print that there is no `what` named `given`, and similar names; returns the exit code."""
-    close = difflib.get_close_matches(given, list(known), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(known)}"
-    print(f"error: there is no {what} {escaped(given)!r}; {hint}", file=sys.stderr)
-    return 2
+    refuse_unknown(what, name, choices)
 
 
 def parse(
@@ -88,19 +102,9 @@ def parse(
         default=tyro.MISSING_NONPROP if default is None else default,
         registry=READING,
     )
-    with usage_errors():
+    with config_errors_refused():
         getattr(asked, "check", lambda: None)()
     return asked
-
-
-@contextmanager
-def usage_errors() -> Iterator[None]:
-    """While entered, a ConfigError is one of the command line: print it, and exit with code 2."""
-    try:
-        yield
-    except ConfigError as error:
-        print(f"error: {escaped(str(error))}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def parse_recipe(
@@ -135,7 +139,7 @@ def parse_recipe(
     if arguments and not arguments[0].startswith("-"):
         name, *arguments = arguments
     if name not in RECIPES:
-        raise SystemExit(usage_error("recipe", name, RECIPES))
+        refuse_unknown("recipe", name, RECIPES)
     default = defaults(RECIPES[name]())
     return parse(type(default), f"{command} {name}", arguments, describe_recipe(name), default)
 
@@ -154,10 +158,9 @@ def refuse_without_effect(configs: Iterable[Config], arguments: list[str]) -> No
     """
     first, *others = [config.without_effect() for config in configs]
     given = options_in(arguments)
-    with usage_errors():
-        for option, problem in first.items():
-            if f"--{option}" in given and all(option in other for other in others):
-                raise ConfigError(problem)
+    for option, problem in first.items():
+        if f"--{option}" in given and all(option in other for other in others):
+            refuse(problem)
 
 
 def require_run(path: Path) -> None:

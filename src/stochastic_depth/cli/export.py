@@ -45,6 +45,8 @@ class Export:
     """The checkpoint of the lowest validation error, or the newest."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where its data is now (none: where it was)."""
+    device: str | None = None
+    """Where to compute (none: on the device the run began on)."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """The file to write (none: named as the run, in the current folder)."""
 
@@ -101,6 +103,8 @@ class Predict:
     """For a run folder: the checkpoint of the lowest validation error, or the newest."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """For a run folder: where its data is now (none: where it was)."""
+    device: str | None = None
+    """For a run folder: where to compute (none: on the device the run began on)."""
 
     def check(self) -> None:
         if not self.pictures:
@@ -127,7 +131,7 @@ def export(arguments: list[str]) -> int:
         from stochastic_depth.export import network
         from stochastic_depth.export.write import write_export
         from stochastic_depth.train import reopen
-    run, images = reopen(asked.run, asked.data)
+    run, images = reopen(asked.run, asked.data, asked.device)
     with console.progress(run.path.name) as progress:
         if asked.elastic:
             plain = network.elastic_network(run, images, asked.checkpoint, progress)
@@ -182,7 +186,9 @@ def predict(arguments: list[str]) -> int:
         import torch
 
         from stochastic_depth.export.predict import open_classifier, read_pictures
-    network, description = open_classifier(asked.network, asked.depth, asked.checkpoint, asked.data)
+    network, description = open_classifier(
+        asked.network, asked.depth, asked.checkpoint, asked.data, asked.device
+    )
     images = read_pictures(asked.pictures, description.input)
     with torch.inference_mode():
         probabilities = network(images).double().softmax(1)

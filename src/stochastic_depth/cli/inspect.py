@@ -22,7 +22,7 @@ from stochastic_depth.errors import (
     first_line,
 )
 from stochastic_depth.extras import require
-from stochastic_depth.train.checks import at_least, check_that
+from stochastic_depth.train.checks import at_least, check_probability
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -65,7 +65,7 @@ class Inspect:
 
     def check(self) -> None:
         at_least(1, batch=self.batch, repeats=self.repeats)
-        check_that(0 < self.final <= 1, "--final", self.final, "above 0 and at most 1")
+        check_probability("--final", self.final)
         if self.shape is not None and min(self.shape, default=0) < 1:
             raise ConfigError(f"--shape is {self.shape}: give the sizes of one sample, at least 1")
         if self.report is not None and self.plan_only:

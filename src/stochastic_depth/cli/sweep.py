@@ -1,6 +1,7 @@
 """stochastic-depth sweep: train a recipe at every point of a grid."""
 
 import shlex
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,15 +12,16 @@ from stochastic_depth.choices import RuleName, SweepKind
 from stochastic_depth.cli.arguments import (
     Flag,
     choose,
+    config_errors_refused,
     options_in,
     parse_recipe,
+    refuse,
     refuse_without_effect,
-    usage_errors,
 )
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.lab.options import check_gatings
 from stochastic_depth.recipes.paper import gatings
-from stochastic_depth.train.checks import at_least
+from stochastic_depth.train.checks import at_least, check_probability
 from stochastic_depth.train.config import Config
 
 if TYPE_CHECKING:
@@ -73,8 +75,7 @@ class Options:
     def check(self) -> None:
         at_least(1, seeds=self.seeds, workers=self.workers, threads=self.threads)
         for final in self.survival:
-            if not 0 < final <= 1:
-                raise ConfigError(f"--survival has {final}: it must be above 0 and at most 1")
+            check_probability("--survival", final)
 
     def chosen_seeds(self) -> tuple[int, ...]:
         return tuple(range(self.config.seed, self.config.seed + self.seeds))
@@ -137,8 +138,7 @@ def sweep(arguments: list[str]) -> int:
     for swept, instead in SWEPT[kind].items():
         for option in given:
             if option == swept or option.startswith(f"{swept}."):
-                with usage_errors():
-                    raise ConfigError(f"{option} is swept: give {instead} instead")
+                refuse(f"{option} is swept: give {instead} instead")
     about = f"{ABOUT}\nThe grid has {KINDS[kind]}."
     common = *COMMON[kind], "--seeds INT", "--workers INT", "--out DIR"
     asked = parse_recipe(f"sweep {kind}", about, rest, OPTIONS[kind], common)
@@ -148,7 +148,7 @@ def sweep(arguments: list[str]) -> int:
     with console.starting():
         from stochastic_depth.lab.sweep.folder import open_sweep
     folder = asked.out or Path("runs") / f"sweep-{kind}-{asked.config.recipe}"
-    with usage_errors():
+    with config_errors_refused():
         grid = asked.grid()
         configs = [point.of(asked.config) for point in grid.points()]
     refuse_without_effect(configs, rest)
@@ -170,12 +170,13 @@ def _run(sweep: "Sweep", asked: Options, console: "PlainConsole", again: str) ->
         SweepProgress(sweep, console, asked.quiet) as progress,
         Workers(sweep, asked.workers, threads) as workers,
     ):
-        known = 0
+        told: Counter[int] = Counter()
         while workers.working() and not stop():
             progress.look(read_claims(sweep))
-            for signal in workers.killed()[known:]:
+            killed = Counter(workers.killed())
+            for signal in (killed - told).elements():
                 progress.say(f"a worker was killed by signal {signal}; others go on with its run")
-            known = len(workers.killed())
+            told = killed
         progress.look([])
         killed = workers.killed()
     points = sweep.grid.points()

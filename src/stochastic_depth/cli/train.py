@@ -17,9 +17,9 @@ from stochastic_depth.cli.arguments import (
     choose,
     parse,
     parse_recipe,
+    refuse,
     refuse_without_effect,
     require_run,
-    usage_errors,
 )
 from stochastic_depth.errors import ConfigError, Interrupted, RunError
 from stochastic_depth.extras import require
@@ -38,7 +38,7 @@ Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 
 TRAIN = """Train one network; everything is written to one run folder.
 
-Go on with a run: stochastic-depth train --resume RUN [--data DIR] [--quiet]
+Go on with a run: stochastic-depth train --resume RUN [--data DIR] [--device STR]
 
 By N processes: torchrun --nproc-per-node N -m stochastic_depth -- train RECIPE
 """
@@ -69,6 +69,8 @@ class Resume:
     """Resume this run from its newest checkpoint, with the configuration it began with."""
     data: Folder = None
     """Where its data is now (none: where it was)."""
+    device: str | None = None
+    """Where to compute (none: on the device the run began on)."""
     quiet: Flag = False
     """Print nothing."""
 
@@ -103,12 +105,13 @@ class Evaluate:
     """The checkpoint of the lowest validation error, or the newest."""
     data: Folder = None
     """Where its data is now (none: where it was)."""
+    device: str | None = None
+    """Where to compute (none: on the device the run began on)."""
 
 
 def train(arguments: list[str]) -> int:
     if any(argument.split("=")[0] == "--resume" for argument in arguments):
-        with usage_errors():
-            _check_resume(arguments)
+        _check_resume(arguments)
         asked = parse(Resume, "train", arguments)
         assert asked.resume is not None
         require_run(asked.resume)
@@ -120,17 +123,19 @@ def train(arguments: list[str]) -> int:
 
 
 def _check_resume(arguments: list[str]) -> None:
-    known = ("--resume", "--data", "--quiet", "--help")
+    known = ("--resume", "--data", "--device", "--quiet", "--help")
     for argument in arguments:
         name = argument.split("=")[0]
+        if name == "--data.root":
+            refuse("--data.root cannot be given with --resume: give --data DIR")
         if name == "--epochs":
-            raise ConfigError(
+            refuse(
                 "--epochs cannot be given with --resume: a run cannot be extended, its learning "
                 "rate and its schedule are fixed by the epochs it began with. Begin another run "
                 "with more: stochastic-depth train RECIPE --epochs N --run FOLDER"
             )
         if name.startswith("--") and name not in known:
-            raise ConfigError(
+            refuse(
                 f"{name} cannot be given with --resume, which keeps the configuration that the "
                 "run began with: leave it out, or begin another run with it"
             )
@@ -150,7 +155,7 @@ def _resume(asked: Resume, console: "PlainConsole") -> int:
     from stochastic_depth.train import reopen
 
     assert asked.resume is not None
-    return _train(*reopen(asked.resume, asked.data), console)
+    return _train(*reopen(asked.resume, asked.data, asked.device), console)
 
 
 def _begin(begun: Begin, console: "PlainConsole") -> int:
@@ -299,7 +304,7 @@ def eval(arguments: list[str]) -> int:
     with console.starting():
         from stochastic_depth.train import reopen, trained_model
         from stochastic_depth.train.step import evaluate_parts
-    run, images = reopen(asked.run, asked.data)
+    run, images = reopen(asked.run, asked.data, asked.device)
     model, step = trained_model(run, images, asked.checkpoint)
     from rich.table import Table
 
@@ -331,8 +336,7 @@ def recipes(arguments: list[str]) -> int:
         return 0
     name, more = choose("stochastic-depth recipes", RECIPES_ABOUT, "recipe", summaries, arguments)
     if more:
-        with usage_errors():
-            raise ConfigError(f"{shlex.join(more)} is too much: give one recipe, or none")
+        refuse(f"{shlex.join(more)} is too much: give one recipe, or none")
     console.print(describe_recipe(name))
     console.print_json(json.dumps(RECIPES[name]().to_json()))
     return 0

@@ -192,13 +192,6 @@ def check_count(what: str, count: int, most: int) -> None:
         raise DataError(f"{what}={count}: choose from 1 to {most} training images")
 
 
-def hold_out(name: str, training: Images, count: int) -> tuple[Images, Images]:
-    """Hold out `count` images for validation: returns the remaining images, then those held out."""
-    check_count("validation", count, len(training) - 1)
-    held, kept = stratified(training.labels, count, name, "validation")
-    return training[kept], training[held]
-
-
 def split(
     name: str, classes: tuple[str, ...], training: Images, test: Images, validation: int
 ) -> DataSet:
@@ -207,8 +200,9 @@ def split(
     Raises:
         DataError: when there are not more training images than that.
     """
-    kept, held = hold_out(name, training, validation)
-    return DataSet(name, classes, kept, held, test)
+    check_count("validation", validation, len(training) - 1)
+    held, kept = stratified(training.labels, validation, name, "validation")
+    return DataSet(name, classes, training[kept], training[held], test)
 
 
 def subset(name: str, training: Images, count: int) -> Images:

@@ -115,13 +115,12 @@ class FolderBatches:
 
     def evaluate(self, part: Part) -> Iterator[Batch]:
         images = FolderImages(self._samples[part], self._evaluation_view, ("evaluate",))
-        yield from self._load(images, self._in_order(len(images)))
-
-    def _in_order(self, count: int) -> tuple[torch.Tensor, ...]:
-        return torch.arange(count, device="cpu").split(EVALUATION_BATCH)
+        in_order = torch.arange(len(images), device="cpu").split(EVALUATION_BATCH)
+        yield from self._load(images, in_order)
 
     def _load(self, images: FolderImages, batches: tuple[torch.Tensor, ...]) -> Iterator[Batch]:
-        shards = [indices for batch in batches if (indices := self._shard_of(batch))]
+        shards = (batch[self.shard.slice_of(len(batch))].tolist() for batch in batches)
+        shards = [indices for indices in shards if indices]
         loader = DataLoader(
             images,
             batch_sampler=shards,
@@ -149,9 +148,6 @@ class FolderBatches:
             failure = worker_death(error)
         # Raised here, when the last reference to the loader is gone and its workers have stopped.
         raise failure
-
-    def _shard_of(self, batch: torch.Tensor) -> list[int]:
-        return batch[self.shard.slice_of(len(batch))].tolist()
 
 
 def is_worker_death(error: BaseException) -> bool:

@@ -58,7 +58,10 @@ def archives(root: Path) -> list[Path]:
 
 def unpacking(archive: Path) -> str:
     """The command that unpacks an archive."""
-    return shlex.join(["tar", "-xf", str(archive), "-C", str(archive.parent)])
+    source, target = str(archive), str(archive.parent)
+    if archive.suffix == ".zip":  # which GNU tar cannot read
+        return shlex.join(["python", "-m", "zipfile", "-e", source, target])
+    return shlex.join(["tar", "-xf", source, "-C", target])
 
 
 def contents(root: Path) -> str:

@@ -1,5 +1,7 @@
 """The laboratory: constant against stochastic depth, sweeps, benchmarks, analyses, and a report.
 
-`outcomes` groups runs and computes their results. Every other file answers one question: it
-computes the answer, and has its chart and its sentence. Nothing in the library imports from here.
+`outcomes` groups runs and computes their results. A question has a file that computes the answer
+and prints its table (`ensemble`), and one with its figure and its sentence (`ensemble_chart`).
+`report` collects the figures, `page` writes them; `charts`, `drawing`, `style`, `tables` and
+`formatting` are used by all. Nothing in the library imports from here.
 """

@@ -62,7 +62,13 @@ def _mean_strength(series: Series) -> float:
 
 
 def block_gradients(experiment: Experiment) -> Figure | None:
-    """The gradients of blocks at the first, the middle and the last epoch; None without any."""
+    """The gradients of blocks at the first, the middle and the last epoch that have any.
+
+    None where the runs have no such epoch in common.
+    """
+    epochs = _chosen_epochs(experiment)
+    if not epochs:
+        return None
     rows: list[Row] = [
         {
             "series": series.name,
@@ -75,18 +81,16 @@ def block_gradients(experiment: Experiment) -> Figure | None:
         for series in experiment.series
         for run in series.runs
         for record in run.records
+        if record.epoch in epochs
         for block, gradient in enumerate(record.block_gradients, start=1)
     ]
-    if not rows:
-        return None
-    epochs = _chosen_epochs(experiment)
     shown = [_of_blocks(series, epoch) for epoch in epochs for series in experiment.series]
     y = log_axis([mean for of_blocks in shown for _, mean in of_blocks], "mean absolute gradient")
     return Figure(
         id="block-gradients",
         title="Gradient strength over depth",
         sentence=_blocks_sentence(experiment, epochs[-1]),
-        rows=[row for row in rows if row["epoch"] in epochs],
+        rows=rows,
         panels=tuple(_blocks_panel(experiment, epoch, y) for epoch in epochs),
         legend=keys(experiment.series),
         note="Mean absolute gradient at the first convolution of each block, mean over seeds. Each "
@@ -97,12 +101,12 @@ def block_gradients(experiment: Experiment) -> Figure | None:
 
 
 def _chosen_epochs(experiment: Experiment) -> list[float]:
-    """Epochs that every run has reached."""
+    """Epochs in which every run has a gradient that can be drawn, if it has any at all."""
     journals = [
-        {record.epoch for record in run.records if record.block_gradients}
+        {record.epoch for record in run.records if any(record.block_gradients)}
         for run in experiment.runs
     ]
-    reached = sorted(set.intersection(*(epochs for epochs in journals if epochs)))
+    reached = sorted(set.intersection(*(filter(None, journals)))) if any(journals) else []
     return sorted({reached[0], reached[len(reached) // 2], reached[-1]}) if reached else []
 
 
@@ -145,4 +149,6 @@ def _blocks_sentence(experiment: Experiment, epoch: float) -> str:
                 f"{at_last / at_first:.2g} times as strong at block {last} as at block "
                 f"{first} with {series.name} ({seeds(len(series.runs))})"
             )
+    if not clauses:
+        return f"At epoch {epoch:g} fewer than two blocks have a gradient."
     return f"At epoch {epoch:g} the gradient is {'; '.join(clauses)}."

@@ -14,7 +14,7 @@ import tyro
 from stochastic_depth.choices import EngineOption, PrecisionOption
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.recipes.paper import gatings
-from stochastic_depth.train.checks import at_least, check_that
+from stochastic_depth.train.checks import at_least, check_probability, check_that
 from stochastic_depth.train.config import Config
 
 DEPTHS = (20, 56, 110, 218, 434, 866, 1202)
@@ -24,10 +24,6 @@ DEPTHS = (20, 56, 110, 218, 434, 866, 1202)
 def check_layers(option: str, layers: int) -> None:
     """Raise a ConfigError if no CIFAR ResNet has so many layers."""
     check_that(layers >= 8 and layers % 6 == 2, option, layers, "6n + 2: 8, 14, 20, 26, ...")
-
-
-def check_probability(option: str, probability: float) -> None:
-    check_that(0 < probability <= 1, option, probability, "above 0 and at most 1")
 
 
 def check_gatings(names: Iterable[str]) -> None:

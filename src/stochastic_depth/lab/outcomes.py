@@ -93,12 +93,14 @@ class Outcome:
 
 
 def distinct(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
-    """Each run once, by its identity; of a run and its copies, the one that has come farthest."""
-    farthest: dict[str, RecordedRun] = {}
+    """Each seed of a configuration on the same data once: the run that has come farthest."""
+    farthest: dict[tuple[Config, int, str], RecordedRun] = {}
     for run in runs:
-        before = farthest.get(run.run.id)
+        config = run.run.config
+        key = config.without_seed(), config.seed, run.run.fingerprint
+        before = farthest.get(key)
         if before is None or len(run.records) > len(before.records):
-            farthest[run.run.id] = run
+            farthest[key] = run
     return list(farthest.values())
 
 
@@ -300,14 +302,17 @@ class Experiment:
 
 
 def experiments(runs: Sequence[RecordedRun]) -> list[Experiment]:
-    """Group the runs that have records: those that differ only in survival and seed together."""
+    """Group the runs that have records: those that differ only in survival and seed together.
+
+    The runs of a group have the same data, and a seed counts once.
+    """
     measured = [run for run in distinct(runs) if run.records]
-    alike: dict[Config, list[RecordedRun]] = {}
+    alike: dict[tuple[Config, str], list[RecordedRun]] = {}
     for run in measured:
         setting = replace(run.run.config.without_seed(), survival=SurvivalConfig(rule="constant"))
-        alike.setdefault(setting, []).append(run)
+        alike.setdefault((setting, run.run.fingerprint), []).append(run)
     found: list[Experiment] = []
-    for setting, members in alike.items():
+    for (setting, _), members in alike.items():
         title, number = describe(setting), sum(e.title.startswith(describe(setting)) for e in found)
         found.append(Experiment(f"{title} ({number + 1})" if number else title, _series(members)))
     return found

@@ -196,15 +196,21 @@ class TrainedNetwork:
 
 
 def load_trained(
-    path: Path, data: Path | None = None, which: CheckpointName = "best"
+    path: Path,
+    data: Path | None = None,
+    which: CheckpointName = "best",
+    device: str | None = None,
 ) -> TrainedNetwork:
     """Load the network of a run's checkpoint.
+
+    Args:
+        data, device: as for `reopen`.
 
     Raises:
         RunError, DataError, ConfigError: as for `reopen` and `trained_model`.
         ApplyError: when it has no residual blocks.
     """
-    run, images = reopen(path, data)
+    run, images = reopen(path, data, device)
     model, step = trained_model(run, images, which)
     return TrainedNetwork(run, images, model, handle_or_always_open(model), step)
 

@@ -26,6 +26,11 @@ def at_least(minimum: int, **values: int | None) -> None:
         check_that(value is None or value >= minimum, option, value, f"at least {minimum}")
 
 
+def check_probability(name: str, value: float) -> None:
+    """`check_that` a survival probability is in (0, 1]."""
+    check_that(0 < value <= 1, name, value, "above 0 and at most 1")
+
+
 def positive(name: str, value: int | None) -> None:
     """`check_that` a count, where there is one, is from 1 to `MOST`."""
     check_that(value is None or value >= 1, name, value, "at least 1")

@@ -19,7 +19,7 @@ from stochastic_depth.choices import (
     SkippedPolicy,
 )
 from stochastic_depth.errors import ConfigError
-from stochastic_depth.train.checks import check_that, finite, positive
+from stochastic_depth.train.checks import check_probability, check_that, finite, positive
 from stochastic_depth.train.plain_json import plain, restore
 from stochastic_depth.train.schedule_config import ScheduleConfig
 
@@ -39,7 +39,8 @@ class DataConfig:
     train: int | None = None
     """Train on a fixed random subset of this many images (none: all images)."""
     size: int | None = None
-    """Reduce the images to this many pixels a side (none: their own size)."""
+    """Reduce the images to this many pixels a side (none: their own size, or 224 for folders
+    of pictures)."""
     augment: bool | None = None
     """Randomly crop and flip the training images (none: those of all data sets but SVHN and
     digits)."""
@@ -102,7 +103,7 @@ class SurvivalConfig:
     )
 
     def __post_init__(self) -> None:
-        check_that(0 < self.final <= 1, "survival.final", self.final, "above 0 and at most 1")
+        check_probability("survival.final", self.final)
         finite("survival", self)
         if self.closed == "forward-only" and (self.gate != "batch" or self.scale is not None):
             raise ConfigError(

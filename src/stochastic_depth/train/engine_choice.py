@@ -35,39 +35,32 @@ def choose_engine(config: Config, device: str, precision: str) -> EngineChoice:
     """
     on_cpu = torch.device(device).type == "cpu"
     obstacle = _why_program_unsupported(config)
-    no_kernels = why_unavailable() or why_unmeasured()
-    kernels: KernelsName = "compiled"
-    if on_cpu:
-        kernels = "native" if why_unavailable() is None else "reference"
+    if config.engine == "auto":
+        why_not = obstacle or _why_little_gain(config, on_cpu, precision)
+        if why_not is not None:
+            return EngineChoice("eager", "reference", why_not)
+        return EngineChoice("program", "native", "there are native kernels for this processor")
     if config.engine == "program":
         if obstacle is not None:
             raise ConfigError(f"engine is program: {obstacle}; use --engine eager")
+        kernels = "compiled" if not on_cpu else "reference" if why_unavailable() else "native"
         return EngineChoice("program", kernels, "as asked")
-    if config.engine == "compiled" and NETWORKS[config.model.kind] is DenseNet:
+    if config.engine == "compiled":
+        _require_compilable(config)
+    return EngineChoice(config.engine, "reference", "as asked")
+
+
+def _require_compilable(config: Config) -> None:
+    if NETWORKS[config.model.kind] is DenseNet:
         raise ConfigError(
             "engine is compiled: a densenet has no residual blocks, which are all that is "
             "compiled; use --engine eager"
         )
-    if config.engine == "compiled" and config.distributed.sync_batchnorm:
+    if config.distributed.sync_batchnorm:
         raise ConfigError(
             "engine is compiled: PyTorch's compiler cannot compile blocks that wait for other "
             "processes; use --engine eager, or leave out --distributed.sync-batchnorm"
         )
-    if config.engine != "auto":
-        return EngineChoice(config.engine, "reference", "as asked")
-    if obstacle is not None:
-        return EngineChoice("eager", "reference", obstacle)
-    if not on_cpu:
-        return EngineChoice(
-            "eager", "reference", "the block program has not been measured on a GPU"
-        )
-    if no_kernels is None and precision == "float32":
-        no_kernels = _why_images_unsupported(config)
-    if no_kernels is not None:
-        return EngineChoice(
-            "eager", "reference", f"the block program gains little here: {no_kernels}"
-        )
-    return EngineChoice("program", "native", "there are native kernels for this processor")
 
 
 def on_one_engine(configs: Sequence[Config]) -> list[Config]:
@@ -78,6 +71,16 @@ def on_one_engine(configs: Sequence[Config]) -> list[Config]:
     if not any(map(_why_program_unsupported, configs)):
         return list(configs)
     return [replace(one, engine="eager") if one.engine == "auto" else one for one in configs]
+
+
+def _why_little_gain(config: Config, on_cpu: bool, precision: str) -> str | None:
+    """Why the block program is not known to be faster here; None if it is."""
+    if not on_cpu:
+        return "the block program has not been measured on a GPU"
+    reason = why_unavailable() or why_unmeasured()
+    if reason is None and precision == "float32":
+        reason = _why_images_unsupported(config)
+    return reason and f"the block program gains little here: {reason}"
 
 
 def _why_images_unsupported(config: Config) -> str | None:

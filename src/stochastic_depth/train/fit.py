@@ -14,6 +14,7 @@ from stochastic_depth.distributed.world import any_rank, on_primary, ranks
 from stochastic_depth.errors import CheckpointError, Interrupted, RunError
 from stochastic_depth.files import is_there
 from stochastic_depth.processes import peak_resident
+from stochastic_depth.train.checkpoint import as_checkpoint_error
 from stochastic_depth.train.failures import (
     as_engine_error,
     as_interruption,
@@ -131,15 +132,12 @@ def _restore(run: Run, train_state: TrainState, callback: Callback) -> tuple[str
                 f"begun with {run.runtime.threads} threads, going on with {threads}: sums are "
                 "rounded differently (set OMP_NUM_THREADS for bitwise identical results)"
             )
-        if not isinstance(state.get("journal"), str):
-            raise CheckpointError(
-                f"{run.checkpoints.path(state['step'])} was written by another version of this "
-                "library: go on with that version, or begin another run"
-            )
         train_state.load_state_dict(state)
+        with as_checkpoint_error(state["step"]):
+            last = state["journal"]
     else:
         on_primary(lambda: _require_begun_only(run))
-    last = run.id if state is None else state["journal"]
+        last = run.id
     on_primary(lambda: truncate_journal(run.journal, run.id, last))
     return last, on_primary(run.records)
 

@@ -64,7 +64,8 @@ class Record:
     """Seconds of training, without evaluation."""
     images_per_second: float
     peak_memory: int
-    """Peak bytes: allocated on the device, or resident in the process on a CPU."""
+    """Peak bytes of the process since it began, other runs in it included: allocated on the device,
+    or resident on a CPU."""
     block_gradients: list[float | None]
     """For each residual block, the mean absolute gradient at its first convolution, averaged over
     the sampled steps of the interval in which the block was open; None if it was open in none.

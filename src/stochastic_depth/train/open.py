@@ -34,12 +34,18 @@ def begin(config: Config, path: Path) -> tuple[Run, Batches]:
     return on_primary(lambda: create_run(path, config, runtime, *data)), images
 
 
-def reopen(path: Path, data_root: Path | None = None) -> tuple[Run, Batches]:
-    """Open an existing run and its data, which is in `data_root` if it has moved.
+def reopen(
+    path: Path, data_root: Path | None = None, device: str | None = None
+) -> tuple[Run, Batches]:
+    """Open an existing run and its data.
+
+    Args:
+        data_root: where the data is now; where it was when not given.
+        device: where to compute, in the precision of the run; on its device when not given.
 
     Raises:
-        ConfigError, DataError, RunError: as `begin`; and when the device of the run is missing, or
-            the run began on different data.
+        ConfigError, DataError, RunError: as `begin`; and when there is no such device, or the run
+            began on different data.
     """
     run = on_primary(lambda: open_run(path))
     config = run.config
@@ -50,9 +56,18 @@ def reopen(path: Path, data_root: Path | None = None) -> tuple[Run, Batches]:
             f"{config.data.root}, the data of {path}, does not exist any more: give --data DIR "
             "(data_root, in Python), where it is now"
         )
-    now = resolve_runtime(replace(config, device=run.runtime.device))
-    if ranks() > 1 and run.runtime.engine == "program":  # which trains in a single process only
-        run = replace(run, runtime=replace(now, precision=run.runtime.precision))
+    began = run.runtime
+    several = ranks() > 1 and began.engine == "program"  # which trains in a single process only
+    now = resolve_runtime(
+        replace(
+            config,
+            device=device or began.device,
+            precision=began.precision,
+            engine="auto" if several else config.engine,
+        )
+    )
+    if several or now.device != began.device:
+        run = replace(run, runtime=now)
     images = open_batches(config, run.runtime)
     run.require_data(images.fingerprint)
     return run, images

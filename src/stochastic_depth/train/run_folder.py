@@ -82,18 +82,13 @@ class Run:
 
     def remove_untrained(self) -> None:
         """Remove the folder if nothing was written since it was created."""
-        if not is_there(self.path):
+        if not is_there(self.path) or not is_untrained(self.path):
             return
-        with suppress(OSError):  # where it cannot be removed, or is behind a link, it stays
-            if set(names_in(self.path)) - {layout.CONFIG, layout.CHECKPOINTS, layout.LOCK}:
-                return
-            if names_in(self.checkpoints.folder):
-                return
-            with self.writing():
-                (self.path / layout.CONFIG).unlink()
-                self.checkpoints.folder.rmdir()
-                (self.path / layout.LOCK).unlink()
-                self.path.rmdir()
+        with suppress(OSError), self.writing():  # where it cannot be removed, it stays
+            (self.path / layout.CONFIG).unlink()
+            self.checkpoints.folder.rmdir()
+            (self.path / layout.LOCK).unlink()
+            self.path.rmdir()
 
     @contextmanager
     def writing(self) -> Iterator[Callable[[], None]]:
@@ -134,6 +129,15 @@ class Run:
         finally:
             os.close(held)
             lock.release()
+
+
+def is_untrained(path: Path) -> bool:
+    """Whether it is certain that nothing was written into a run folder since it was created."""
+    try:
+        strange = set(names_in(path)) - {layout.CONFIG, layout.CHECKPOINTS, layout.LOCK}
+        return not strange and not names_in(path / layout.CHECKPOINTS)
+    except OSError:  # it cannot be read, or is a link
+        return False
 
 
 @contextmanager

@@ -1,12 +1,16 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from stochastic_depth.errors import ConfigError, RunError
+from stochastic_depth.errors import RunError, StochasticDepthError
 from stochastic_depth.lab.sweep.folder import open_sweep, read_sweep
-from stochastic_depth.train import DataConfig
+from stochastic_depth.train import DataConfig, ModelConfig, SurvivalConfig
+from stochastic_depth.train.schedule_config import ScheduleConfig
 from support.small_sweep import GRID, SMALL
+
+BEYOND = ScheduleConfig("late", until=1e9)
 
 
 def test_the_folder_tells_kind_grid_and_recipe(sweep):
@@ -63,9 +67,22 @@ def test_a_file_is_no_folder(tmp_path):
         open_sweep(tmp_path / "file", "survival", GRID, SMALL)
 
 
-def test_a_grid_that_cannot_be_trained_makes_no_folder(tmp_path):
-    with pytest.raises(ConfigError, match="depth=9"):
-        open_sweep(tmp_path / "none", "survival", replace(GRID, depths=(9,)), SMALL)
+@pytest.mark.parametrize(
+    ("grid", "config", "shown"),
+    [
+        ({"survival": (0.5, 1.5)}, {}, "survival.final is 1.5"),
+        ({"depths": (8, 9)}, {}, "depth=9"),
+        ({"gatings": ("batch", "sample")}, {"engine": "program"}, "engine is program"),
+        ({"depths": (10,)}, {"model": ModelConfig("densenet")}, "no residual block found in"),
+        ({}, {"data": DataConfig(size=1)}, "the images have 1x1 pixels"),
+        ({}, {"data": DataConfig("cifar10", Path("nowhere"))}, "nowhere: does not exist"),
+        ({}, {"survival": SurvivalConfig(schedule=BEYOND)}, "late until .*, which drops no block"),
+    ],
+)
+def test_a_sweep_of_which_a_run_cannot_be_trained_makes_no_folder(grid, config, shown, tmp_path):
+    grid, config = replace(GRID, **grid), replace(SMALL, **config)
+    with pytest.raises(StochasticDepthError, match=shown):
+        open_sweep(tmp_path / "none", "survival", grid, config)
     assert not (tmp_path / "none").exists()
 
 

@@ -3,9 +3,8 @@ from dataclasses import replace
 
 import pytest
 
-from stochastic_depth.errors import ApplyError, ConfigError
+from stochastic_depth.errors import ConfigError
 from stochastic_depth.lab.sweep.folder import Grid, Sweep
-from stochastic_depth.train import ModelConfig
 from stochastic_depth.train.runtime import resolve_runtime
 from support.small_sweep import GRID, SMALL
 
@@ -65,18 +64,3 @@ def test_names_are_readable_and_different():
 def test_a_grid_without_points_or_with_one_twice_is_refused(change, shown):
     with pytest.raises(ConfigError, match=shown):
         replace(GRID, **change)
-
-
-@pytest.mark.parametrize(
-    ("change", "shown"),
-    [({"survival": (0.5, 1.5)}, "survival.final is 1.5"), ({"depths": (20, 21)}, "depth=21")],
-)
-def test_a_point_that_cannot_be_trained_is_refused_before_any_is(change, shown):
-    with pytest.raises(ConfigError, match=shown):
-        replace(GRID, **change).check(SMALL)
-
-
-def test_a_network_without_residual_blocks_has_nothing_to_sweep():
-    config = replace(SMALL, model=ModelConfig(kind="densenet", depth=10))
-    with pytest.raises(ApplyError, match="no residual block found in DenseNet"):
-        replace(GRID, depths=(10,)).check(config)

@@ -85,7 +85,18 @@ def test_a_run_of_its_folder_alone_goes_on_with_the_threads_it_began_with(tmp_pa
     assert_same_end(open_run(undisturbed.path(point)), open_run(sweep.path(point)))
 
 
-def test_a_folder_whose_process_was_killed_while_it_was_made_is_made_anew(sweep):
+def test_a_run_that_has_lost_its_description_keeps_its_work(sweep):
+    point = GRID.points()[0]
+    train_point(sweep, point, lambda: None)
+    for name in ("model.safetensors", "config.json"):
+        (sweep.path(point) / name).unlink()
+    before = {path: path.read_bytes() for path in sweep.path(point).rglob("*") if path.is_file()}
+    with pytest.raises(RunError, match=r"has lost its config\.json: put a copy in its place"):
+        train_point(sweep, point, lambda: None)
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_a_folder_whose_process_was_killed_while_it_was_removed_is_made_anew(sweep):
     point = GRID.points()[0]
     (sweep.path(point) / "checkpoints").mkdir(parents=True)
     train_point(sweep, point, lambda: None)
@@ -106,9 +117,9 @@ def test_a_run_that_diverges_fails_with_its_sentence_once_and_the_others_go_on(t
     assert all((sweep.path(p) / "config.json").stat().st_mtime == 0 for p in grid.points())
 
 
-def test_missing_data_stops_the_worker_and_fails_no_run(tmp_path):
-    config = replace(SMALL, data=DataConfig(name="cifar10", root=tmp_path / "nowhere"))
-    sweep = open_sweep(tmp_path / "sweep", "survival", GRID, config)
+def test_missing_data_stops_the_worker_and_fails_no_run(sweep, tmp_path):
+    moved = DataConfig(name="cifar10", root=tmp_path / "nowhere")
+    sweep = replace(sweep, config=replace(SMALL, data=moved))
     with pytest.raises(DataError, match="nowhere"):
         work(sweep, lambda: None)
     assert not any(map(sweep.ended, GRID.points()))

@@ -29,7 +29,7 @@ from stochastic_depth.lab.outcomes import CONSTANT
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.randomness import generator
 from stochastic_depth.residual import Residual
-from stochastic_depth.surgery import apply, handle_of
+from stochastic_depth.surgery import apply
 from stochastic_depth.survival import LinearDecay, Uniform
 from stochastic_depth.timing import take_turns
 from stochastic_depth.torch_private import TorchDispatchMode, tree_leaves
@@ -185,11 +185,10 @@ class _Step:
         size: int,
     ) -> None:
         model = CifarResNet(depth)
-        apply(model, survival)
-        self._depth = handle_of(model)
+        self._handle = apply(model, survival)
         self._whole = sum(p.numel() for p in model.parameters())
         sizes = {name: p.numel() for name, p in model.named_parameters()}
-        self._sizes = [sum(sizes[n] for n in block.parameters) for block in self._depth.blocks]
+        self._sizes = [sum(sizes[n] for n in block.parameters) for block in self._handle.blocks]
         self._net = wrap(model)
         self._optimizer = build_optimizer(OptimizerConfig(), self._net)
         self._images = torch.randn(batch, 3, size, size, generator=generator("bench"))
@@ -205,7 +204,7 @@ class _Step:
         for _ in range(steps):
             with Collectives() as collectives:
                 self()
-            gates = self._depth.gates.tolist()
+            gates = self._handle.gates.tolist()
             closed = sum(n for n, is_open in zip(self._sizes, gates, strict=True) if not is_open)
             yield collectives.sent(ranks), collectives.calls.total(), 1 - closed / self._whole
 

@@ -148,19 +148,18 @@ def x_transformer_peers(
     require("x_transformers")
     texts = torch.randint(TOKENS, (batch, length + 1), generator=generator("bench"))
     inputs, labels = texts[:, :-1], texts[:, 1:]
-    constant, theirs, ours = _decoder(0.0, length), _decoder(rate, length), _decoder(0.0, length)
-    missing = {}
-    steps = {}
-    for name, model in ((CONSTANT, constant), (THEIRS, theirs), (OURS, ours)):
-        copy_weights(constant, model)
-        try:
-            if model is ours:
-                survival = Uniform(1 - rate)
-                apply(model, survival, example=inputs[:2], granularity="unit", balance=True)
-        except ApplyError as error:
-            missing[name] = first_line(error)
-            continue
-        steps[name] = training_step(model, inputs, labels, runtime)
+    rates = {CONSTANT: 0.0, THEIRS: rate, OURS: 0.0}
+    models = {name: _decoder(layer_dropout, length) for name, layer_dropout in rates.items()}
+    for model in models.values():
+        copy_weights(models[CONSTANT], model)
+    missing: dict[str, str] = {}
+    try:
+        survival = Uniform(1 - rate)
+        apply(models[OURS], survival, example=inputs[:2], granularity="unit", balance=True)
+    except ApplyError as error:
+        missing[OURS] = first_line(error)
+        del models[OURS]
+    steps = {name: training_step(model, inputs, labels, runtime) for name, model in models.items()}
     return steps, missing
 
 

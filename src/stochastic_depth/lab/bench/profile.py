@@ -99,14 +99,13 @@ def pieces(depth: int, workload: Workload) -> tuple[TimedReplay, Step]:
     images = workload.images().to(runtime.device)
     labels = (torch.arange(workload.batch) % 10).to(runtime.device)
     timed = TimedReplay(runtime.synchronise)
-    dtype = torch.bfloat16 if runtime.precision == "bfloat16" else torch.float32
     program = Program(
         model.train(),
         None,
         build_optimizer(OptimizerConfig(), model),
         images.shape,
-        dtype,
-        KERNELS[runtime.kernels](dtype),
+        runtime.dtype,
+        KERNELS[runtime.kernels](runtime.dtype),
         timed,
     )
     return timed, lambda: program.step(images, labels)

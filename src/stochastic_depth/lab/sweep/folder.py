@@ -7,7 +7,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 
 from stochastic_depth.choices import RuleName, SweepKind
@@ -24,8 +23,10 @@ from stochastic_depth.files import (
 )
 from stochastic_depth.recipes.paper import gatings
 from stochastic_depth.train import Config, Record, layout, open_run
-from stochastic_depth.train.build import apply_survival, build_model
+from stochastic_depth.train.build import require_trainable
 from stochastic_depth.train.engine_choice import on_one_engine
+from stochastic_depth.train.open import open_batches
+from stochastic_depth.train.runtime import resolve_runtime
 
 
 @dataclass(frozen=True)
@@ -91,21 +92,6 @@ class Grid:
             for seed, depth, rule in product(self.seeds, self.depths, self.rules)
             for survival in ((None,) if rule == "constant" else self.survival)
         ]
-
-    def check(self, config: Config) -> None:
-        """Raise an error if a run of the grid cannot be trained, before any run begins.
-
-        Raises:
-            ApplyError: when the network has no residual blocks.
-            ConfigError: naming the value.
-        """
-        for point in self.points():
-            point.of(config)
-        for depth in self.depths:
-            with torch.device("meta"):
-                model = build_model(replace(config.model, depth=depth), 3, 10, 0)
-            if self.rules != ("constant",):
-                apply_survival(model, replace(config.survival, rule="linear"), 0, 1)
 
     def to_json(self) -> dict[str, Any]:
         return {name: list(values) for name, values in asdict(self).items() if values}
@@ -173,11 +159,14 @@ def open_sweep(folder: Path, kind: SweepKind, grid: Grid, config: Config) -> Swe
     """Open the sweep in `folder`, or begin it.
 
     Raises:
-        ConfigError: when the grid has a run that cannot be trained; then no folder is created.
+        ApplyError, ConfigError, DataError: when the grid has a run that cannot be trained; then no
+            folder is created.
         RunError: when `folder` contains another sweep, or something else.
     """
-    grid.check(config)
+    sweep = Sweep(folder, kind, grid, config)
     described = folder / "sweep.json"
+    if not is_there(described):
+        _require_trainable(sweep)
     wanted = {
         "format": FORMAT,
         "kind": kind,
@@ -194,7 +183,19 @@ def open_sweep(folder: Path, kind: SweepKind, grid: Grid, config: Config) -> Swe
         if found.get(name) != value:
             difference = _difference(name, found.get(name), value)
             raise RunError(f"{folder} holds another sweep: {difference}; choose another --out")
-    return Sweep(folder, kind, grid, config)
+    return sweep
+
+
+def _require_trainable(sweep: Sweep) -> None:
+    """Raise an error if a run of the sweep cannot be trained, as `begin` would.
+
+    Neither p_L nor the seed matters, so one run is tried for each rule, depth and gating.
+    """
+    tried = {(p.rule, p.depth, p.gating): config for p, config in sweep.configs.items()}
+    runtimes = [resolve_runtime(config) for config in tried.values()]
+    images = open_batches(sweep.config, replace(runtimes[0], device="cpu"))
+    for config in tried.values():
+        require_trainable(config, images)
 
 
 def read_sweep(folder: Path) -> Sweep:
