@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.tensors import tensors_in
-from stochastic_depth.torch_private import call_of, set_call
+from stochastic_depth.torch_private import call_of, generators, set_call
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """The inputs of one forward call: one tensor, positional arguments, or keyword arguments."""
@@ -114,7 +114,7 @@ def preserve_state(model: nn.Module) -> Iterator[Callable[[], None]]:
         for module, _ in compiled:
             set_call(module, None)
         torch.backends.mha.set_fastpath_enabled(False)
-        with preserved_randomness(model):
+        with preserved_randomness():
             yield restore
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -128,16 +128,17 @@ def preserve_state(model: nn.Module) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def preserved_randomness(model: nn.Module) -> Iterator[None]:
+def preserved_randomness() -> Iterator[None]:
     """Restore the states of all random number generators: PyTorch's, Python's and NumPy's."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     numpy = _numpy()
+    of_torch = [(each, each.get_state()) for each in generators()]
     of_python = random.getstate()
     of_numpy = numpy.random.get_state() if numpy is not None else None
     try:
-        with torch.random.fork_rng(devices=sorted(devices, key=str)):
-            yield
+        yield
     finally:
+        for each, state in of_torch:
+            each.set_state(state)
         random.setstate(of_python)
         if numpy is not None:
             numpy.random.set_state(of_numpy)
@@ -145,7 +146,8 @@ def preserved_randomness(model: nn.Module) -> Iterator[None]:
 
 def seed_everything(seed: int) -> None:
     """Seed all random number generators."""
-    torch.manual_seed(seed)
+    for each in generators():
+        each.manual_seed(seed)
     random.seed(seed)
     numpy = _numpy()
     if numpy is not None:
