@@ -70,6 +70,34 @@ def test_the_flops_of_attention_are_those_of_its_products(device):
         assert sd.summary(model, x).blocks[0].forward == projections + scores_and_mean
 
 
+class WritesAndReads(nn.Module):
+    """Writes the output of one layer into a tensor, and reads the values of that of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written, self.read = (
+            nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2)) for _ in range(2)
+        )
+
+    def forward(self, x):
+        for written, read in zip(self.written, self.read, strict=True):
+            out = torch.zeros_like(x)
+            out[0], out[1:] = written(x)[0], written(x)[1:]
+            x = x + out
+            y = read(x)
+            x = x + (2 * y if y.sum().item() > 1e9 else y)
+        return x
+
+
+def test_each_block_has_its_reason_where_the_model_fails_with_all_of_them_closed():
+    blocks = sd.plan(WritesAndReads(), torch.randn(3, WIDTH)).blocks
+    reasons = {block.name: block.refusal for block in blocks}
+    assert list(reasons) == ["written.0", "read.0", "written.1", "read.1"]
+    for n in range(2):
+        assert "written into another tensor in place" in reasons[f"written.{n}"]
+        assert "of its branch must run even when the block is closed" in reasons[f"read.{n}"]
+
+
 def test_an_applied_model_and_one_without_blocks_are_errors():
     model = network(Left)
     sd.apply(model, example=X)
