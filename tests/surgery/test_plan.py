@@ -1,5 +1,6 @@
 """`sd.plan`: what would be done to a model, without doing it."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -68,6 +69,17 @@ def test_the_flops_of_attention_are_those_of_its_products(device):
     if device == "cpu":
         sd.apply(model, example=x)
         assert sd.summary(model, x).blocks[0].forward == projections + scores_and_mean
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_survival_may_be_an_array_or_a_tensor(kind):
+    p = [block.survival for block in sd.plan(network(Left), X, kind([0.875, 0.75, 0.5])).blocks]
+    assert p == [0.875, 0.75, 0.5]
+
+
+def test_an_unknown_granularity_is_an_error():
+    with pytest.raises(sd.errors.ApplyError, match="granularity='units': choose one of"):
+        sd.plan(network(Left), X, granularity="units")
 
 
 class WritesAndReads(nn.Module):

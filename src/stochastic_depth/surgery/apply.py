@@ -21,11 +21,7 @@ from stochastic_depth.surgery.droppath import own_rates
 from stochastic_depth.surgery.example import Example
 from stochastic_depth.surgery.find.find_blocks import Found, find_blocks, find_residuals
 from stochastic_depth.surgery.make_skippable import Skippable, make_skippable
-from stochastic_depth.surgery.refuse import (
-    refuse_applied,
-    refuse_nested,
-    refuse_wrapped,
-)
+from stochastic_depth.surgery.refuse import refuse
 from stochastic_depth.surgery.select_modules import ModuleSelector
 from stochastic_depth.survival import (
     LinearDecay,
@@ -157,9 +153,7 @@ def apply(
         (0.975, 0.95, 0.925, 0.9)
     """
     require_choice("granularity", granularity, get_args(Granularity))
-    as_list: Any = getattr(survival, "tolist", None)  # of a NumPy array, or a tensor
-    if as_list is not None:
-        survival = as_list()
+    survival = asked_survival(survival, drop_rate)
     settings = GateSettings(
         gate=gate,
         scale=_scale(scale, closed, as_drop_path=drop_rate is not None or survival == "own"),
@@ -169,12 +163,8 @@ def apply(
         multiple_of=multiple_of,
         closed=closed,
     )
-    if drop_rate is not None:
-        survival = linear_decay(drop_rate, survival)
     seed = integer("seed", seed)
-    refuse_applied(model)
-    refuse_wrapped(model)
-    refuse_nested(example)
+    refuse(model, example)
 
     def find(defer: Container[str]) -> Found:
         if example is None:
@@ -251,8 +241,20 @@ def look_trained(model: nn.Module) -> bool:
     return False
 
 
-def linear_decay(drop_rate: float, survival: object) -> LinearDecay:
-    """The survival rule for a `drop_rate` that is given in place of `survival`."""
+def asked_survival(
+    survival: Survival | Literal["own"] | None, drop_rate: float | None
+) -> Survival | Literal["own"]:
+    """What the arguments `survival` and `drop_rate` ask for.
+
+    Raises:
+        ApplyError: when both are given.
+        SurvivalError: when `drop_rate` is not a number, at least 0 and below 1.
+    """
+    if drop_rate is None:
+        if survival is None:
+            return LinearDecay()
+        as_list: Any = getattr(survival, "tolist", None)  # of a NumPy array, or a tensor
+        return survival if as_list is None else as_list()
     if survival is not None:
         raise ApplyError(
             f"drop_rate={drop_rate} and survival={survival!r}: give one of them, not both"
@@ -281,7 +283,7 @@ class ResetAttributes:
 
 
 def survival_of_blocks(
-    survival: Survival | Literal["own"] | None,
+    survival: Survival | Literal["own"],
     found: Sequence[FoundBlock],
     stacks: str | Sequence[str],
     schedule: Schedule | None = None,
@@ -290,6 +292,4 @@ def survival_of_blocks(
     names = [block.name for block in found]
     if survival == "own":
         survival = [1 - rate for rate in own_rates(found)]
-    return probabilities_of(
-        LinearDecay() if survival is None else survival, names, stacks, schedule
-    )
+    return probabilities_of(survival, names, stacks, schedule)
