@@ -176,7 +176,7 @@ def apply(
     made = make_skippable(
         model,
         find,
-        lambda found: survival_of_blocks(survival, found, stacks, schedule),
+        lambda found: survival_of_blocks(survival, model, found, stacks, schedule),
         example=example,
         gate=gate,
         scale=settings.scale,
@@ -284,6 +284,7 @@ class ResetAttributes:
 
 def survival_of_blocks(
     survival: Survival | Literal["own"],
+    model: nn.Module,
     found: Sequence[FoundBlock],
     stacks: str | Sequence[str],
     schedule: Schedule | None = None,
@@ -291,5 +292,5 @@ def survival_of_blocks(
     """(p_1, ..., p_L) over time, from any of the forms of `survival` that `sd.apply` accepts."""
     names = [block.name for block in found]
     if survival == "own":
-        survival = [1 - rate for rate in own_rates(found)]
+        survival = [1 - rate for rate in own_rates(model, found)]
     return probabilities_of(survival, names, stacks, schedule)

@@ -134,7 +134,7 @@ def plan(
     found = _tried(model, example, candidates.found.blocks)
     while candidates.defer({block.name for block in found if block.refusal}):
         found = _tried(model, example, candidates.found.blocks)
-    p = survival_of_blocks(survival, found, stacks).at(0)
+    p = survival_of_blocks(survival, model, found, stacks).at(0)
     return Plan(
         tuple(
             PlannedBlock(
