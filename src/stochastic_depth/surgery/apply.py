@@ -40,7 +40,7 @@ def apply(
     schedule: Schedule | None = None,
     example: Example | None = None,
     include: ModuleSelector | None = None,
-    exclude: ModuleSelector = (),
+    exclude: ModuleSelector | None = (),
     granularity: Granularity = "block",
     stacks: str | Sequence[str] = (),
     gate: GateKind = "batch",
@@ -83,8 +83,9 @@ def apply(
             that is in force, from 0 to 1.
         example: the inputs of one forward call: a tensor, a tuple of arguments, or a mapping of
             keyword arguments. A small batch is enough.
-        include: the modules in which to look for blocks, selected by name, by class, or by a
-            function of name and module that returns a bool. By default the whole model.
+        include: the modules in which to look for blocks: their names, their classes, the modules
+            themselves, or a function of name and module that returns a bool. By default the whole
+            model.
         exclude: modules to leave unchanged, with everything inside them. A block that has one of
             them in its branch is never skipped.
         granularity: "block" throws one coin for all residual additions of a repeated block (an

@@ -98,7 +98,7 @@ def plan(
     *,
     drop_rate: float | None = None,
     include: ModuleSelector | None = None,
-    exclude: ModuleSelector = (),
+    exclude: ModuleSelector | None = (),
     granularity: Granularity = "block",
     stacks: str | Sequence[str] = (),
 ) -> Plan:
