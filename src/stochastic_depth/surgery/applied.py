@@ -23,8 +23,6 @@ class Applied:
 
     handle: Handle
     found: Sequence[FoundBlock]
-    difference: float
-    """The largest difference of outputs that the proof found, relative to the largest output."""
     hooks: tuple[RemovableHandle, ...]
     changed_settings: list[Changed]
 

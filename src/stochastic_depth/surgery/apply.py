@@ -185,9 +185,7 @@ def apply(
     )
     handle = Handle(made.proved.blocks, made.probabilities, settings, seed)
     hooks = _hooks(model, handle, made)
-    store_applied(
-        model, Applied(handle, made.found, made.proved.difference, hooks, made.changed_settings)
-    )
+    store_applied(model, Applied(handle, made.found, hooks, made.changed_settings))
     drops = isinstance(made.probabilities, StepDependent) or min(made.probabilities.full) < 1
     if scale is None and settings.scale == "inference" and drops and look_trained(model):
         warnings.warn(TRAINED, stacklevel=2)  # last, because it may be raised as an error
