@@ -41,6 +41,7 @@ __all__ = [
     "changes_of",
     "frame_of_module_call",
     "function_around",
+    "generators",
     "gradients_are_awaited",
     "gradients_are_kept",
     "is_compiled",
@@ -347,6 +348,23 @@ def is_compiled(module: nn.Module) -> bool:
 def is_compiler_error(error: BaseException) -> bool:
     """Whether torch.compile has raised it. Replacement: one public base class of these errors."""
     return type(error).__module__.startswith(("torch._dynamo.", "torch._inductor."))
+
+
+# Random numbers.
+
+
+def generators() -> list[torch.Generator]:
+    """The random number generators of the CPU and of all accelerators in use.
+
+    `torch.manual_seed` also queues a seed for accelerators that are not in use yet, in place of the
+    one that the user has queued, which could not be restored. Replacement: random states in
+    `torch.accelerator`.
+    """
+    in_use: list[Any] = [each for each in (torch.cuda, torch.xpu) if each.is_initialized()]
+    found = [torch.default_generator, *(one for each in in_use for one in each.default_generators)]
+    if torch.backends.mps.is_available():
+        found.append(torch.mps._get_default_mps_generator())
+    return found
 
 
 # Tensors.

@@ -395,13 +395,17 @@ def test_classes_that_others_put_on_top_of_a_block_stay(verb: str) -> None:
             lambda model: nn.Sequential(torch.jit.script(model[0].f), model[1]),
             "script the model after sd.fo",
         ),
+        (torch.fx.symbolic_trace, "the model before it is traced"),
     ],
 )
+@pytest.mark.parametrize("verb", [sd.apply, sd.plan])
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-def test_what_is_compiled_or_scripted_already_is_refused_with_the_remedy(change, remedy) -> None:
+def test_what_is_compiled_scripted_or_traced_is_refused_with_the_remedy(
+    verb, change, remedy
+) -> None:
     model, x = nn.Sequential(Scaled(), Scaled()), torch.randn(2, 4)
     with pytest.raises(sd.errors.ApplyError, match=remedy):
-        sd.apply(change(model), example=x)
+        verb(change(model), example=x)
 
 
 def test_a_nested_tensor_is_refused_as_an_example_and_taken_in_training() -> None:

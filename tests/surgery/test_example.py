@@ -4,7 +4,8 @@ from collections import Counter, OrderedDict, defaultdict, deque
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.surgery.example import preserve_state
+import stochastic_depth as sd
+from stochastic_depth.surgery.example import preserve_state, seed_everything
 
 
 class Statistics:
@@ -73,3 +74,22 @@ def test_containers_and_the_tensors_in_them_are_restored() -> None:
     after = [model.loads, model.recent, model.nested["of"][1]]
     assert all(new is old for new, old in zip(after, containers, strict=True))
     assert model.recent.maxlen == 3
+
+
+def test_a_seed_that_waits_for_an_accelerator_stays() -> None:
+    torch.manual_seed(42)
+    tracker = torch.cuda._lazy_seed_tracker
+    queued = tracker.manual_seed_all_cb
+    model = nn.Sequential(sd.Residual(nn.Linear(4, 4)))
+    sd.plan(model, torch.randn(2, 4))
+    assert tracker.manual_seed_all_cb is queued
+
+
+def test_an_accelerator_in_use_is_seeded_and_draws_afterwards_as_before(monkeypatch) -> None:
+    generator = torch.Generator().manual_seed(42)
+    monkeypatch.setattr(torch.xpu, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.xpu, "default_generators", (generator,))
+    with preserve_state(nn.Linear(2, 2)):
+        seed_everything(7)
+        assert generator.initial_seed() == 7
+    assert torch.equal(generator.get_state(), torch.Generator().manual_seed(42).get_state())

@@ -414,6 +414,11 @@ def test_a_predicate_or_classes_choose_the_blocks():
     assert names(include=["2", "3"]) == ["2", "3"]
     assert names(include=[Left], exclude="3") == ["1"]
     assert names(exclude=lambda name, module: name == "1") == ["2", "3"]
+    assert names(include=model[2]) == names(include=[model[2]], exclude=None) == ["2"]
+    assert names(exclude=(model[1], "3")) == ["2"]
+    assert names(include=nn.ModuleList([model])[0]) == ["1", "2", "3"]
+    with pytest.raises(sd.errors.ApplyError, match=r"exclude=Left matches no module"):
+        sd.apply(model, example=X, exclude=Left())
     with pytest.raises(sd.errors.ApplyError, match=r"include=.* matches no module"):
         sd.apply(model, example=X, include=[InPlace])
 

@@ -1,5 +1,6 @@
 """`sd.plan`: what would be done to a model, without doing it."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -68,6 +69,45 @@ def test_the_flops_of_attention_are_those_of_its_products(device):
     if device == "cpu":
         sd.apply(model, example=x)
         assert sd.summary(model, x).blocks[0].forward == projections + scores_and_mean
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_survival_may_be_an_array_or_a_tensor(kind):
+    p = [block.survival for block in sd.plan(network(Left), X, kind([0.875, 0.75, 0.5])).blocks]
+    assert p == [0.875, 0.75, 0.5]
+
+
+def test_an_unknown_granularity_is_an_error():
+    with pytest.raises(sd.errors.ApplyError, match="granularity='units': choose one of"):
+        sd.plan(network(Left), X, granularity="units")
+
+
+class WritesAndReads(nn.Module):
+    """Writes the output of one layer into a tensor, and reads the values of that of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written, self.read = (
+            nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2)) for _ in range(2)
+        )
+
+    def forward(self, x):
+        for written, read in zip(self.written, self.read, strict=True):
+            out = torch.zeros_like(x)
+            out[0], out[1:] = written(x)[0], written(x)[1:]
+            x = x + out
+            y = read(x)
+            x = x + (2 * y if y.sum().item() > 1e9 else y)
+        return x
+
+
+def test_each_block_has_its_reason_where_the_model_fails_with_all_of_them_closed():
+    blocks = sd.plan(WritesAndReads(), torch.randn(3, WIDTH)).blocks
+    reasons = {block.name: block.refusal for block in blocks}
+    assert list(reasons) == ["written.0", "read.0", "written.1", "read.1"]
+    for n in range(2):
+        assert "written into another tensor in place" in reasons[f"written.{n}"]
+        assert "of its branch must run even when the block is closed" in reasons[f"read.{n}"]
 
 
 def test_an_applied_model_and_one_without_blocks_are_errors():

@@ -693,12 +693,6 @@ def test_a_term_that_a_block_keeps_for_the_loss_is_that_of_this_pass():
         (out.sum() + sum(terms)).backward()
 
 
-def test_a_graph_module_is_refused_with_the_order_that_works():
-    traced = torch.fx.symbolic_trace(nn.Sequential(Plain(), Plain()))
-    with pytest.raises(ApplyError, match=r"sd\.apply the model before it is traced"):
-        sd.apply(traced, example=X)
-
-
 class Routed(nn.Module):
     """Runs blocks for the samples that are routed to them, if there are any."""
 

@@ -195,3 +195,61 @@ def test_what_could_not_be_counted_is_named():
     plain = CifarResNet(8)
     sd.apply(plain)
     assert "not counted" not in str(sd.summary(plain, IMAGES))
+
+
+class NormsTheSum(nn.Module):
+    """Two additions, the second of a larger branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.up, self.down = (
+            nn.Linear(8, 8, bias=False),
+            nn.Linear(8, 32, bias=False),
+            nn.Linear(32, 8, bias=False),
+        )
+        self.first, self.second = nn.LayerNorm(8), nn.LayerNorm(8)
+
+    def forward(self, x):
+        x = self.first(x + self.narrow(x))
+        return self.second(x + self.down(torch.relu(self.up(x))))
+
+
+@pytest.mark.parametrize("granularity", ["unit", "block"])
+def test_blocks_of_different_branches_and_one_whose_input_needs_no_gradient(granularity):
+    model, x = nn.Sequential(*(NormsTheSum() for _ in range(3))), torch.randn(4, 8)
+    sd.apply(model, example=x, granularity=granularity)
+    small, large = 2 * 4 * 8 * 8, 2 * 2 * 4 * 8 * 32
+    forward, backward = [small, large] * 3, [small, 2 * large, *[2 * small, 2 * large] * 2]
+    if granularity == "block":
+        forward = [sum(forward[n : n + 2]) for n in (0, 2, 4)]
+        backward = [sum(backward[n : n + 2]) for n in (0, 2, 4)]
+    summary = sd.summary(model, x)
+    assert [block.forward for block in summary.blocks] == forward
+    assert [block.backward for block in summary.blocks] == backward
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = nn.LSTM(4, 4, batch_first=True)
+
+    def forward(self, x):
+        return x + self.cells(x)[0]
+
+
+class Pooled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool1d(3, 1, 1)
+
+    def forward(self, x):
+        return x + self.pool(x)
+
+
+@pytest.mark.parametrize(("block", "named"), [(Recurrent, True), (Pooled, False)])
+def test_blocks_without_countable_flops_print_and_recurrent_layers_are_named(block, named):
+    model, x = nn.Sequential(block(), block()), torch.randn(2, 3, 4)
+    sd.apply(model, example=x)
+    summary = sd.summary(model, x)
+    assert "0.0 % saved" in str(summary)
+    assert any("rnn" in name for name in summary.uncounted) == named

@@ -112,3 +112,10 @@ def test_gates_for_single_samples_need_samples_in_the_first_dimension(gate):
 def test_a_model_without_stochastic_depth_is_an_error():
     with pytest.raises(sd.errors.ApplyError, match="no stochastic depth"):
         sd.verify(nn.Linear(WIDTH, WIDTH), X)
+
+
+def test_no_round_to_time_is_an_error():
+    model = network(Left)
+    sd.apply(model, example=X)
+    with pytest.raises(sd.errors.ApplyError, match="repeats=0: at least one"):
+        sd.verify(model, X, repeats=0)

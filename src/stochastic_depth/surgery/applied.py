@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from stochastic_depth.errors import ApplyError
 from stochastic_depth.handle import Handle
 from stochastic_depth.surgery.blocks import FoundBlock, deferred_modules
-from stochastic_depth.surgery.droppath import ChangedSetting
+from stochastic_depth.surgery.droppath import Changed
 from stochastic_depth.surgery.install import take_gates
 from stochastic_depth.torch_private import set_call
 
@@ -23,10 +23,8 @@ class Applied:
 
     handle: Handle
     found: Sequence[FoundBlock]
-    difference: float
-    """The largest difference of outputs that the proof found, relative to the largest output."""
     hooks: tuple[RemovableHandle, ...]
-    changed_settings: list[ChangedSetting]
+    changed_settings: list[Changed]
 
 
 def store_applied(model: nn.Module, applied: Applied) -> None:

@@ -22,11 +22,7 @@ from stochastic_depth.surgery.droppath import own_rates
 from stochastic_depth.surgery.example import Example
 from stochastic_depth.surgery.find.find_blocks import Found, find_blocks, find_residuals
 from stochastic_depth.surgery.make_skippable import Skippable, make_skippable
-from stochastic_depth.surgery.refuse import (
-    refuse_applied,
-    refuse_nested,
-    refuse_wrapped,
-)
+from stochastic_depth.surgery.refuse import refuse
 from stochastic_depth.surgery.select_modules import ModuleSelector
 from stochastic_depth.survival import (
     LinearDecay,
@@ -45,7 +41,7 @@ def apply(
     schedule: Schedule | None = None,
     example: Example | None = None,
     include: ModuleSelector | None = None,
-    exclude: ModuleSelector = (),
+    exclude: ModuleSelector | None = (),
     granularity: Granularity = "block",
     stacks: str | Sequence[str] = (),
     gate: GateKind = "batch",
@@ -88,8 +84,9 @@ def apply(
             that is in force, from 0 to 1.
         example: the inputs of one forward call: a tensor, a tuple of arguments, or a mapping of
             keyword arguments. A small batch is enough.
-        include: the modules in which to look for blocks, selected by name, by class, or by a
-            function of name and module that returns a bool. By default the whole model.
+        include: the modules in which to look for blocks: their names, their classes, the modules
+            themselves, or a function of name and module that returns a bool. By default the whole
+            model.
         exclude: modules to leave unchanged, with everything inside them. A block that has one of
             them in its branch is never skipped.
         granularity: "block" throws one coin for all residual additions of a repeated block (an
@@ -158,9 +155,7 @@ def apply(
         (0.975, 0.95, 0.925, 0.9)
     """
     require_choice("granularity", granularity, get_args(Granularity))
-    as_list: Any = getattr(survival, "tolist", None)  # of a NumPy array, or a tensor
-    if as_list is not None:
-        survival = as_list()
+    survival = asked_survival(survival, drop_rate)
     settings = GateSettings(
         gate=gate,
         scale=_scale(scale, closed, as_drop_path=drop_rate is not None or survival == "own"),
@@ -170,12 +165,8 @@ def apply(
         multiple_of=multiple_of,
         closed=closed,
     )
-    if drop_rate is not None:
-        survival = linear_decay(drop_rate, survival)
     seed = integer("seed", seed)
-    refuse_applied(model)
-    refuse_wrapped(model)
-    refuse_nested(example)
+    refuse(model, example)
 
     def find(defer: Container[str]) -> Found:
         if example is None:
@@ -187,7 +178,7 @@ def apply(
     made = make_skippable(
         model,
         find,
-        lambda found: survival_of_blocks(survival, found, stacks, schedule),
+        lambda found: survival_of_blocks(survival, model, found, stacks, schedule),
         example=example,
         gate=gate,
         scale=settings.scale,
@@ -195,9 +186,7 @@ def apply(
     )
     handle = Handle(made.proved.blocks, made.probabilities, settings, seed)
     hooks = _hooks(model, handle, made)
-    store_applied(
-        model, Applied(handle, made.found, made.proved.difference, hooks, made.changed_settings)
-    )
+    store_applied(model, Applied(handle, made.found, hooks, made.changed_settings))
     drops = isinstance(made.probabilities, StepDependent) or min(made.probabilities.full) < 1
     if scale is None and settings.scale == "inference" and drops and look_trained(model):
         warnings.warn(TRAINED, stacklevel=2)  # last, because it may be raised as an error
@@ -252,8 +241,20 @@ def look_trained(model: nn.Module) -> bool:
     return False
 
 
-def linear_decay(drop_rate: float, survival: object) -> LinearDecay:
-    """The survival rule for a `drop_rate` that is given in place of `survival`."""
+def asked_survival(
+    survival: Survival | Literal["own"] | None, drop_rate: float | None
+) -> Survival | Literal["own"]:
+    """What the arguments `survival` and `drop_rate` ask for.
+
+    Raises:
+        ApplyError: when both are given.
+        SurvivalError: when `drop_rate` is not a number, at least 0 and below 1.
+    """
+    if drop_rate is None:
+        if survival is None:
+            return LinearDecay()
+        as_list: Any = getattr(survival, "tolist", None)  # of a NumPy array, or a tensor
+        return survival if as_list is None else as_list()
     if survival is not None:
         raise ApplyError(
             f"drop_rate={drop_rate} and survival={survival!r}: give one of them, not both"
@@ -282,7 +283,8 @@ class ResetAttributes:
 
 
 def survival_of_blocks(
-    survival: Survival | Literal["own"] | None,
+    survival: Survival | Literal["own"],
+    model: nn.Module,
     found: Sequence[FoundBlock],
     stacks: str | Sequence[str],
     schedule: Schedule | None = None,
@@ -290,7 +292,5 @@ def survival_of_blocks(
     """(p_1, ..., p_L) over time, from any of the forms of `survival` that `sd.apply` accepts."""
     names = [block.name for block in found]
     if survival == "own":
-        survival = [1 - rate for rate in own_rates(found)]
-    return probabilities_of(
-        LinearDecay() if survival is None else survival, names, stacks, schedule
-    )
+        survival = [1 - rate for rate in own_rates(model, found)]
+    return probabilities_of(survival, names, stacks, schedule)

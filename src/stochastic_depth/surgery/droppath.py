@@ -28,51 +28,73 @@ layers."""
 
 @dataclass(frozen=True)
 class ChangedSetting:
-    """A drop rate, or a similar setting, that is changed while stochastic depth is applied.
+    """A drop rate, or a similar setting of a module, which stochastic depth changes."""
 
-    A configuration object may be shared with other models, so this model gets a changed copy.
-    """
-
-    holders: tuple[Any, ...]
-    """The module with the setting; or all modules that share the configuration with the setting."""
+    module: nn.Module
     attribute: str
     original: Any
     """The value of the setting without stochastic depth."""
     value: Any = 0.0
     """The value while stochastic depth is applied."""
-    in_config: bool = False
-    """Whether the setting is in the `config` of the holders."""
 
     def change(self) -> None:
         """Change the setting."""
-        if not self.in_config:
-            setattr(self.holders[0], self.attribute, self.value)
-            return
-        copied = copy.copy(self.holders[0].config)
-        setattr(copied, self.attribute, self.value)
-        for holder in self.holders:
-            holder.config = copied
+        setattr(self.module, self.attribute, self.value)
 
     def restore(self) -> None:
         """Restore the original value."""
-        holder = self.holders[0].config if self.in_config else self.holders[0]
-        setattr(holder, self.attribute, self.original)
+        setattr(self.module, self.attribute, self.original)
 
 
-def disable_drop_paths(model: nn.Module, found: Sequence[FoundBlock]) -> list[ChangedSetting]:
+class ChangedConfig:
+    """A configuration in which stochastic depth sets layerdrop rates to 0.
+
+    It may be shared with other models, so this model gets a changed copy.
+
+    Args:
+        holders: the modules of this model that share the configuration.
+        rates: the names of the rates.
+    """
+
+    def __init__(self, original: Any, holders: Sequence[Any], rates: Sequence[str]) -> None:
+        self.original, self.holders, self.rates = original, holders, rates
+
+    def change(self) -> None:
+        """Give the modules the changed copy."""
+        self.copy = copy.copy(self.original)
+        for rate in self.rates:
+            setattr(self.copy, rate, 0.0)
+        self.at_first = dict(getattr(self.copy, "__dict__", {}))
+        for holder in self.holders:
+            holder.config = self.copy
+
+    def restore(self) -> None:
+        """Give the modules the original; it gets what was set on the copy meanwhile."""
+        for name, value in getattr(self.copy, "__dict__", {}).items():
+            if name not in self.rates and self.at_first.get(name, self) is not value:
+                setattr(self.original, name, value)
+        for holder in self.holders:
+            if getattr(holder, "config", None) is self.copy:
+                holder.config = self.original
+
+
+Changed = ChangedSetting | ChangedConfig
+
+
+def disable_drop_paths(model: nn.Module, found: Sequence[FoundBlock]) -> list[Changed]:
     """Set the drop paths inside the blocks, and the layerdrop around them, to rate 0.
 
     PyTorch's own transformer layers are also kept from computing a whole layer in one fused call,
     because blocks inside that call could not be skipped.
     """
-    changed_settings = [drop_path for block in found for drop_path in _inside(block)]
-    changed_settings += [*_around(model, found), *_fused(model, found)]
-    for each in changed_settings:
+    drop_paths = (drop_path for block in found for drop_path in _inside(model, block))
+    changed: list[Changed] = [*drop_paths, *_around(model, found), *_fused(model, found)]
+    for each in changed:
         each.change()
-    return changed_settings
+    return changed
 
 
-def own_rates(found: Sequence[FoundBlock]) -> list[float]:
+def own_rates(model: nn.Module, found: Sequence[FoundBlock]) -> list[float]:
     """The drop rate of each block's own drop path; 0 if it has none.
 
     Raises:
@@ -80,7 +102,8 @@ def own_rates(found: Sequence[FoundBlock]) -> list[float]:
             above 0.
     """
     rates = [
-        {_round(drop_path.original) for drop_path in _inside(block)} or {0.0} for block in found
+        {_round(drop_path.original) for drop_path in _inside(model, block)} or {0.0}
+        for block in found
     ]
     for block, different in zip(found, rates, strict=True):
         if len(different) > 1:
@@ -92,7 +115,10 @@ def own_rates(found: Sequence[FoundBlock]) -> list[float]:
     if rates == [{0.0}] * len(found):
         raise SurvivalError(
             'survival="own": the model has no drop path with a rate above 0; build it with one '
-            "(drop_path_rate=0.1), or give a rule"
+            "(drop_path_rate=0.1), or give a rule. Found are modules inside a block whose class is "
+            "named like DropPath, StochasticDepth or LayerDrop; if yours is a function such as "
+            "drop_path(x, rate, self.training), set its rates to 0 and give them here: "
+            "survival=[1 - rate, ...]"
         )
     return [rate for (rate,) in rates]
 
@@ -102,33 +128,32 @@ def _round(rate: Any) -> float:
     return float(rate) if isinstance(rate, float) else float(f"{float(rate):.6g}")
 
 
-def _around(model: nn.Module, found: Sequence[FoundBlock]) -> list[ChangedSetting]:
+def _around(model: nn.Module, found: Sequence[FoundBlock]) -> list[Changed]:
     """The layerdrop settings of the modules around the blocks, and of their configurations."""
     paths = [block.name.split(".") for block in found]
     above = {".".join(path[:length]) for path in paths for length in range(len(path))}
     around = [module for name, module in model.named_modules() if name in above]
-    changed_settings = [
-        ChangedSetting((module,), attribute, rate)
+    changed: list[Changed] = [
+        ChangedSetting(module, attribute, rate)
         for module in around
         for attribute in filter(None, (*LAYER_RATES, _rate_of(module)))
         if is_rate(rate := getattr(module, attribute, None))
     ]
     configs = {id(c): c for m in around if (c := getattr(m, "config", None)) is not None}
     for config in configs.values():
-        sharing = tuple(m for m in model.modules() if getattr(m, "config", None) is config)
-        changed_settings += [
-            ChangedSetting(sharing, attribute, rate, in_config=True)
-            for attribute in LAYER_RATES
-            if is_rate(rate := getattr(config, attribute, None))
-        ]
-    return changed_settings
+        rates = [each for each in LAYER_RATES if is_rate(getattr(config, each, None))]
+        if rates:
+            sharing = [m for m in model.modules() if getattr(m, "config", None) is config]
+            changed.append(ChangedConfig(config, sharing, rates))
+    return changed
 
 
-def _inside(block: FoundBlock) -> list[ChangedSetting]:
-    """The drop paths inside a block whose rate is above 0."""
+def _inside(model: nn.Module, block: FoundBlock) -> list[ChangedSetting]:
+    """The drop paths inside a block, or that its branches call, whose rate is above 0."""
+    called = map(model.get_submodule, block.names_in_branch())  # the trunk may have them in a list
     return [
-        ChangedSetting((module,), attribute, rate)
-        for module in block.module.modules()
+        ChangedSetting(module, attribute, rate)
+        for module in dict.fromkeys([*block.module.modules(), *called])
         if (attribute := _rate_of(module)) and is_rate(rate := getattr(module, attribute))
     ]
 
@@ -141,10 +166,10 @@ def _fused(model: nn.Module, found: Sequence[FoundBlock]) -> list[ChangedSetting
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and module in holders:
             now = module.activation_relu_or_gelu
-            changed_settings.append(ChangedSetting((module,), "activation_relu_or_gelu", now, 0))
+            changed_settings.append(ChangedSetting(module, "activation_relu_or_gelu", now, 0))
         elif isinstance(module, nn.TransformerEncoder) and holders & set(module.modules()):
             now = module.use_nested_tensor
-            changed_settings.append(ChangedSetting((module,), "use_nested_tensor", now, False))
+            changed_settings.append(ChangedSetting(module, "use_nested_tensor", now, False))
     return changed_settings
 
 

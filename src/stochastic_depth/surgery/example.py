@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.tensors import tensors_in
-from stochastic_depth.torch_private import call_of, set_call
+from stochastic_depth.torch_private import call_of, generators, set_call
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """The inputs of one forward call: one tensor, positional arguments, or keyword arguments."""
@@ -114,7 +114,7 @@ def preserve_state(model: nn.Module) -> Iterator[Callable[[], None]]:
         for module, _ in compiled:
             set_call(module, None)
         torch.backends.mha.set_fastpath_enabled(False)
-        with preserved_randomness(model):
+        with preserved_randomness():
             yield restore
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -128,16 +128,17 @@ def preserve_state(model: nn.Module) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def preserved_randomness(model: nn.Module) -> Iterator[None]:
+def preserved_randomness() -> Iterator[None]:
     """Restore the states of all random number generators: PyTorch's, Python's and NumPy's."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     numpy = _numpy()
+    of_torch = [(each, each.get_state()) for each in generators()]
     of_python = random.getstate()
     of_numpy = numpy.random.get_state() if numpy is not None else None
     try:
-        with torch.random.fork_rng(devices=sorted(devices, key=str)):
-            yield
+        yield
     finally:
+        for each, state in of_torch:
+            each.set_state(state)
         random.setstate(of_python)
         if numpy is not None:
             numpy.random.set_state(of_numpy)
@@ -145,7 +146,8 @@ def preserved_randomness(model: nn.Module) -> Iterator[None]:
 
 def seed_everything(seed: int) -> None:
     """Seed all random number generators."""
-    torch.manual_seed(seed)
+    for each in generators():
+        each.manual_seed(seed)
     random.seed(seed)
     numpy = _numpy()
     if numpy is not None:
@@ -165,24 +167,19 @@ class _ModuleState:
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.cls = module, type(module)
-        self.scripted = isinstance(module, torch.jit.ScriptModule)
         self.training = module.training
-        self.buffers = [] if self.scripted else list(module._buffers.items())
-        self.parameters = [] if self.scripted else list(module._parameters.items())
-        self.attributes = {} if self.scripted else _attributes(module)
+        self.buffers = list(module._buffers.items())
+        self.parameters = list(module._parameters.items())
+        self.attributes = _attributes(module)
         containers: dict[int, Any] = {}
         held = list(_leaves(list(self.attributes.values()), containers))
         self.contents = [
             (tensor, tensor.detach().clone())
-            for tensor in [
-                *(module.buffers(recurse=False) if self.scripted else ()),
-                *(tensor for _, tensor in [*self.buffers, *self.parameters]),
-                *held,
-            ]
+            for tensor in [*(tensor for _, tensor in [*self.buffers, *self.parameters]), *held]
             if isinstance(tensor, Tensor) and has_content(tensor)
         ]
         hooks = [vars(module)[name] for name in _HOOKS if isinstance(vars(module).get(name), dict)]
-        self.hooks = [] if self.scripted else [(each, dict(each)) for each in hooks]
+        self.hooks = [(each, dict(each)) for each in hooks]
         self.containers = [
             (value, dict(value) if isinstance(value, dict) else list(value))
             for value in containers.values()
@@ -190,7 +187,7 @@ class _ModuleState:
 
     def restore(self) -> None:
         self.module.training = self.training
-        if not self.scripted and type(self.module) is self.cls:  # a lazy module changes its class
+        if type(self.module) is self.cls:  # a lazy module changes its class
             attributes = vars(self.module)
             for name in _attributes(self.module).keys() - self.attributes.keys():
                 del attributes[name]

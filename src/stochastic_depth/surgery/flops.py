@@ -1,5 +1,6 @@
 """Count the FLOPs of what really runs: products, convolutions and attention."""
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -20,12 +21,15 @@ FORMULAS: dict[Any, Callable[..., int]] = {
 }
 """PyTorch's FLOP formulas by operator. It has none for attention on a CPU, which costs as much as
 on a GPU."""
+_RECURRENT = re.compile("rnn(?!_flatten)|lstm_mps")
+"""Matches the names of operators that are a whole recurrent layer. They have no formula."""
 
 
 class CountFlops(TorchDispatchMode):
     """While entered, adds up the FLOPs of products, convolutions and attention in `total`.
 
-    `uncounted` has the number of calls, by operator, whose FLOPs no formula gave.
+    `uncounted` has the number of calls, by operator, whose FLOPs no formula gives: recurrent layers
+    (`nn.LSTM`), and operands that a formula does not know.
 
     PyTorch's `FlopCounterMode` also attributes them to modules. For that it needs hooks in the
     backward graph, which not every model allows.
@@ -42,14 +46,18 @@ class CountFlops(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "prim":  # queries of fake tensors, such as their device
             return NotImplemented
-        formula = FORMULAS.get(func._overloadpacket)
+        formula, name = FORMULAS.get(func._overloadpacket), func._overloadpacket.__name__
         if formula is None:
             with self:
                 out = func.decompose(*args, **kwargs)
-            return func(*args, **kwargs) if out is NotImplemented else out
+            if out is not NotImplemented:
+                return out
+            if _RECURRENT.search(name):
+                self.uncounted[name] += 1
+            return func(*args, **kwargs)
         out = func(*args, **kwargs)
         try:
             self.total += formula(*args, **kwargs, out_val=out)
         except Exception:  # it may not know the operands, such as nested tensors
-            self.uncounted[func._overloadpacket.__name__] += 1
+            self.uncounted[name] += 1
         return out

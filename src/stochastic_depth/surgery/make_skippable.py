@@ -17,7 +17,7 @@ from stochastic_depth.surgery.blocks import (
     unsupported,
     with_remedy,
 )
-from stochastic_depth.surgery.droppath import ChangedSetting, disable_drop_paths
+from stochastic_depth.surgery.droppath import Changed, disable_drop_paths
 from stochastic_depth.surgery.example import Example, caller, on_meta
 from stochastic_depth.surgery.find.branch_parameters import NamedRoutes
 from stochastic_depth.surgery.find.find_blocks import Found
@@ -38,7 +38,7 @@ class Skippable:
 
     found: Sequence[FoundBlock]
     probabilities: Probabilities
-    changed_settings: list[ChangedSetting]
+    changed_settings: list[Changed]
     proved: Proved
     routes: NamedRoutes
 
@@ -241,7 +241,7 @@ class _Attempts:
         return [block for block in rest if selected.allows(block.name, block.names_in_branch())]
 
 
-def _undo(model: nn.Module, changed: Sequence[ChangedSetting]) -> None:
+def _undo(model: nn.Module, changed: Sequence[Changed]) -> None:
     for setting in changed:
         setting.restore()
     take_gates(model)

@@ -2,13 +2,14 @@
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 
 from stochastic_depth.choices import Granularity
+from stochastic_depth.gate_settings import require_choice
 from stochastic_depth.plain_text import plain_table, si
-from stochastic_depth.surgery.apply import linear_decay, survival_of_blocks
+from stochastic_depth.surgery.apply import asked_survival, survival_of_blocks
 from stochastic_depth.surgery.blocks import FoundBlock, Mechanism
 from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.find.find_blocks import Found, find_blocks
@@ -16,7 +17,7 @@ from stochastic_depth.surgery.install import put_gates, take_gates
 from stochastic_depth.surgery.make_skippable import Candidates
 from stochastic_depth.surgery.proof.call_counts import still_running
 from stochastic_depth.surgery.record.rejected import listed
-from stochastic_depth.surgery.refuse import refuse_applied, refuse_nested
+from stochastic_depth.surgery.refuse import refuse
 from stochastic_depth.surgery.select_modules import ModuleSelector
 from stochastic_depth.survival import Survival
 
@@ -97,7 +98,7 @@ def plan(
     *,
     drop_rate: float | None = None,
     include: ModuleSelector | None = None,
-    exclude: ModuleSelector = (),
+    exclude: ModuleSelector | None = (),
     granularity: Granularity = "block",
     stacks: str | Sequence[str] = (),
 ) -> Plan:
@@ -108,7 +109,7 @@ def plan(
     block whose outputs are wrong, or that cannot run on some of the samples (gate="subset").
 
     Raises:
-        ApplyError: when `model` has no residual block.
+        ApplyError: as `sd.apply`.
         SurvivalError: when a p_l is outside (0, 1].
 
     Examples:
@@ -120,8 +121,9 @@ def plan(
         blocks.2  Residual  projection  Residual   0.500      55.6 k  7.08 M
         3 of 3 blocks skippable
     """
-    refuse_applied(model)
-    refuse_nested(example)
+    require_choice("granularity", granularity, get_args(Granularity))
+    survival = asked_survival(survival, drop_rate)
+    refuse(model, example)
 
     def find(defer: Container[str]) -> Found:
         return find_blocks(
@@ -132,9 +134,7 @@ def plan(
     found = _tried(model, example, candidates.found.blocks)
     while candidates.defer({block.name for block in found if block.refusal}):
         found = _tried(model, example, candidates.found.blocks)
-    if drop_rate is not None:
-        survival = linear_decay(drop_rate, survival)
-    p = survival_of_blocks(survival, found, stacks).at(0)
+    p = survival_of_blocks(survival, model, found, stacks).at(0)
     return Plan(
         tuple(
             PlannedBlock(

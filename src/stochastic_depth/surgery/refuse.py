@@ -12,7 +12,14 @@ _SHARDED = "torch.distributed.fsdp"
 _ENGINES = ("torch.nn.parallel", "torch.distributed.fsdp", "torch.distributed._composable")
 
 
-def refuse_applied(model: nn.Module) -> None:
+def refuse(model: nn.Module, example: object) -> None:
+    """Raise `ApplyError` if `sd.apply` cannot work on this model, or with this example."""
+    _refuse_applied(model)
+    _refuse_wrapped(model)
+    refuse_nested(example)
+
+
+def _refuse_applied(model: nn.Module) -> None:
     """Raise `ApplyError` if `model` is not a module, or has stochastic depth already."""
     if not isinstance(model, nn.Module):
         raise ApplyError(f"the model must be an nn.Module, this is {type(model).__name__}")
@@ -36,7 +43,7 @@ def refuse_sharded(model: nn.Module, verb: str) -> None:
             )
 
 
-def refuse_wrapped(model: nn.Module) -> None:
+def _refuse_wrapped(model: nn.Module) -> None:
     """Raise `ApplyError` if `model` is wrapped for several processes, traced, compiled or scripted.
 
     A wrapper counts every pass through the model, and would count the passes of `sd.apply` too.

@@ -1,4 +1,4 @@
-"""The modules that `include=` and `exclude=` select, by name, by class or by a function."""
+"""The modules that `include=` and `exclude=` select: by name, class or function, or themselves."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -7,11 +7,12 @@ from torch import nn
 
 from stochastic_depth.errors import ApplyError
 
-_Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+_Selector = str | type[nn.Module] | nn.Module | Callable[[str, nn.Module], bool]
 
 
 ModuleSelector = _Selector | Iterable[_Selector]
-"""Selects modules, and everything inside them, by name, class, or a function of name and module."""
+"""Selects modules, and everything inside them: by name, by class, by a function of name and module,
+or the modules themselves."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class SelectedModules:
 
 
 def select_modules(
-    model: nn.Module, include: ModuleSelector | None, exclude: ModuleSelector
+    model: nn.Module, include: ModuleSelector | None, exclude: ModuleSelector | None
 ) -> SelectedModules:
     """The modules that `include` selects (all if it is None), and those that `exclude` selects.
 
@@ -37,7 +38,8 @@ def select_modules(
     """
     everything = frozenset(name for name, _ in model.named_modules())
     included = everything if include is None else _matching(model, include, "include")
-    return SelectedModules(included, _matching(model, exclude, "exclude"))
+    excluded = frozenset() if exclude is None else _matching(model, exclude, "exclude")
+    return SelectedModules(included, excluded)
 
 
 def _matching(model: nn.Module, selectors: ModuleSelector, option: str) -> frozenset[str]:
@@ -45,8 +47,10 @@ def _matching(model: nn.Module, selectors: ModuleSelector, option: str) -> froze
     for selector in _listed(selectors):
         roots = [name for name, module in model.named_modules() if _matches(selector, name, module)]
         if not roots:
+            of_module = isinstance(selector, nn.Module)  # its representation may be long
+            shown = type(selector).__name__ if of_module else repr(selector)
             raise ApplyError(
-                f"{option}={selector!r} matches no module of {type(model).__name__}: sd.plan lists "
+                f"{option}={shown} matches no module of {type(model).__name__}: sd.plan lists "
                 "the blocks, model.named_modules() all names"
             )
         matching |= {
@@ -64,6 +68,8 @@ def _listed(selectors: ModuleSelector) -> Iterable[_Selector]:
 
 
 def _matches(selector: _Selector, name: str, module: nn.Module) -> bool:
+    if isinstance(selector, nn.Module):
+        return module is selector
     if isinstance(selector, str):
         return name == selector
     return isinstance(module, selector) if isinstance(selector, type) else selector(name, module)

@@ -60,7 +60,7 @@ class Summary:
     rates."""
     uncounted: Mapping[str, int] = field(default_factory=dict)
     """The number of calls, by operator, whose FLOPs are in none of the counts: those of a forward
-    and backward pass at full depth."""
+    and backward pass at full depth. Recurrent layers (`nn.LSTM`) are among them."""
 
     @property
     def advice(self) -> str:
@@ -101,7 +101,8 @@ class Summary:
             (1 - share) * (b.backward + (b.forward if self.closed == "skipped" else 0))
             for b, share in zip(self.blocks, open_shares, strict=True)
         )
-        return saved / (self.forward + self.backward)
+        whole = self.forward + self.backward
+        return saved / whole if whole else 0.0
 
     def __str__(self) -> str:
         head = ("block", "class", "p", "parameters", "forward", "backward")
@@ -131,7 +132,8 @@ def summary(model: nn.Module, example: Example) -> Summary:
     """Cost and expected saving of every block of a model that has stochastic depth.
 
     Each block is closed in turn, and the FLOPs that disappear are counted as its own. Blocks that
-    look the same (class, configuration, shapes of the inputs) are counted once.
+    look the same (class, configuration, branch, and shapes and gradients of the inputs) are counted
+    once.
 
     Args:
         example: inputs of one forward call.
@@ -160,13 +162,14 @@ def summary(model: nn.Module, example: Example) -> Summary:
     run = caller(model.forward if training else model, example)
     with preserve_state(model), torch.enable_grad(), opened:
         model.train(training)
-        shapes = _input_shapes(model, handle.blocks, run)
+        inputs = _inputs(model, handle.blocks, run)
         forward, backward, uncounted = _count(run)
-        counted: dict[tuple[str, str, int], tuple[int, int]] = {}
+        counted: dict[tuple[str, ...], tuple[int, int]] = {}
         summaries = []
-        for block, p in zip(handle.blocks, survival, strict=True):
-            module = block.module
-            alike = fingerprint(module), shapes.get(block.name, block.name), len(block.gates)
+        for block, each, p in zip(handle.blocks, found, survival, strict=True):
+            module, names = block.module, [*each.modules.elements(), *each.parameters]
+            branch = sorted(name.removeprefix(block.name) for name in names)
+            alike = fingerprint(module), inputs.get(block.name, block.name), str(branch)
             if alike not in counted:
                 with force([block], CLOSED):
                     forward_without, backward_without, _ = _count(run)
@@ -213,12 +216,14 @@ def _count(run: Callable[[], Any]) -> tuple[int, int, Counter[str]]:
     return forward.total, backward.total, forward.uncounted + backward.uncounted
 
 
-def _input_shapes(model: nn.Module, blocks: list[Block], run: Callable[[], Any]) -> dict[str, str]:
-    shapes: dict[str, str] = {}
+def _inputs(model: nn.Module, blocks: list[Block], run: Callable[[], Any]) -> dict[str, str]:
+    """For each block, by name, the shapes of its inputs, and which of them need a gradient."""
+    inputs: dict[str, str] = {}
 
     def record(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            shapes[name] = str([tuple(tensor.shape) for tensor in tensors_in((args, kwargs))])
+            given = tensors_in((args, kwargs))
+            inputs[name] = str([(tuple(tensor.shape), tensor.requires_grad) for tensor in given])
 
         return hook
 
@@ -229,9 +234,8 @@ def _input_shapes(model: nn.Module, blocks: list[Block], run: Callable[[], Any])
         for block in blocks
     ]
     try:
-        with torch.no_grad():
-            run()
+        run()
     finally:
         for handle in handles:
             handle.remove()
-    return shapes
+    return inputs

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stochastic_depth.errors import ApplyError
 from stochastic_depth.handle import Handle
 from stochastic_depth.plain_text import plain_table
 from stochastic_depth.surgery.applied import applied_to
@@ -77,7 +78,8 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
 
     Raises:
         ApplyError: when `sd.apply` was not called on `model`; or when there are gates for single
-            samples, and the example has one sample, or its first dimension is not the batch.
+            samples, and the example has one sample, or its first dimension is not the batch; or
+            when `repeats` is below 1.
         UnsupportedBlockError: when the proof fails; the error names the block.
 
     Examples:
@@ -94,6 +96,8 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
     applied = applied_to(model)
     refuse_sharded(model, "verify")
     refuse_nested(example)
+    if repeats < 1:
+        raise ApplyError(f"repeats={repeats}: at least one round must be timed")
     handle = applied.handle
     blocks = handle.blocks
 

@@ -129,7 +129,7 @@ def _infer(node: Node) -> tuple[Any, bool]:
     """The shapes of the result of `node`, and whether they depend on values of tensors."""
     asks = _Asks()
     try:
-        with _one_thread, preserved_randomness(node.module or nn.Identity()):
+        with _one_thread, preserved_randomness():
             twin = _Twins().of
             args, kwargs = twin(node.args), twin(node.kwargs)
             function = node.function if node.module is None else twin(node.module)

@@ -46,7 +46,7 @@ class Found:
 
 
 def find_residuals(
-    model: nn.Module, include: ModuleSelector | None, exclude: ModuleSelector
+    model: nn.Module, include: ModuleSelector | None, exclude: ModuleSelector | None
 ) -> Found:
     """Find the `Residual` units of `model`, in order of registration.
 
@@ -71,7 +71,7 @@ def find_blocks(
     example: Example,
     granularity: Granularity,
     include: ModuleSelector | None,
-    exclude: ModuleSelector,
+    exclude: ModuleSelector | None,
     *,
     defer: Container[str],
     count_flops: bool,

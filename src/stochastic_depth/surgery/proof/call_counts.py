@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from stochastic_depth.block import Block, force
+from stochastic_depth.errors import AdditionNotReachedError
 from stochastic_depth.gates import CLOSED, OPEN
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.deferred.placeholder import Reason, why_computed
+from stochastic_depth.surgery.edits import BRANCH_NOT_SEEN
 from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.surgery.install import ungated
 from stochastic_depth.tensors import tensors_in
@@ -61,17 +63,22 @@ def _still_running(
                 run()
             return [still_called(block, usual, called) for block in found]
         except Exception:  # close them one at a time, to see which one fails
-            return [_failure(run, force([block], CLOSED)) for block in blocks]
+            pairs = zip(found, blocks, strict=True)
+            return [_running_alone(model, run, usual, each, block) for each, block in pairs]
 
 
-def _failure(run: Callable[..., Any], closed: AbstractContextManager[None]) -> str:
-    """How the model fails in the context `closed`; empty if it does not fail."""
+def _running_alone(
+    model: nn.Module, run: Callable[..., Any], usual: CallCounts, found: FoundBlock, block: Block
+) -> str:
+    """The reason why a block cannot be closed while all others are open; empty if it can."""
     try:
-        with closed:
+        with force([block], CLOSED), counted_calls(model) as called:
             run()
+    except AdditionNotReachedError:
+        return BRANCH_NOT_SEEN
     except Exception as error:
         return f"with it closed the model fails: {type(error).__name__}: {error}"
-    return ""
+    return still_called(found, usual, called)
 
 
 def still_called(block: FoundBlock, usual: CallCounts, called: CallCounts) -> str:
@@ -127,7 +134,6 @@ def counted_calls(model: nn.Module) -> Iterator[CallCounts]:
     handles = [
         module.register_forward_pre_hook(count(name), with_kwargs=True)
         for name, module in model.named_modules()
-        if not isinstance(module, torch.jit.ScriptModule)
     ]
     try:
         yield calls

@@ -18,11 +18,10 @@ from stochastic_depth.errors import (
 from stochastic_depth.gates import CLOSED, OPEN
 from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
-from stochastic_depth.surgery.example import preserve_state
+from stochastic_depth.surgery.example import preserve_state, total
 from stochastic_depth.surgery.proof.call_counts import CallCounts, counted_calls, refuse_running
 from stochastic_depth.surgery.proof.comparison import Comparison, smallest, trials
 from stochastic_depth.surgery.proof.gated import Gated
-from stochastic_depth.tensors import tensors_in
 
 TRAINING_PASSES = 4
 """How many passes in training mode, with every gate open, must each reach every block."""
@@ -49,7 +48,7 @@ def check_training(gated: Gated) -> dict[str, Any]:
             usual = _passes_reach_every_block(gated)
             opened = _attributes(gated.model)
             _closed_runs_nothing(gated, usual)
-            resets = _attributes_set(gated, before, opened)
+            resets = _attributes_set(gated, before, opened, _attributes(gated.model))
             _compare(gated)
             for first in (1, 0):  # every other block, so that each is closed in one step
                 closed = gated.everything[first::2]
@@ -221,6 +220,7 @@ def _attributes_set(
     gated: Gated,
     before: Mapping[str, Mapping[str, Any]],
     opened: Mapping[str, Mapping[str, Any]],
+    closed: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Attributes in which a branch keeps a tensor with a graph, with their old values.
 
@@ -229,7 +229,8 @@ def _attributes_set(
 
     Args:
         before: the attributes of each module before any pass.
-        opened: after passes with all gates open. The last pass had all gates closed.
+        opened: after passes with all gates open.
+        closed: after further passes with all gates closed.
 
     Raises:
         UnsupportedBlockError: when such an attribute had no value before the pass.
@@ -239,19 +240,12 @@ def _attributes_set(
     for name, attributes in opened.items():
         module = gated.model.get_submodule(name)
         for attribute, value in attributes.items():
-            has_graph = isinstance(value, Tensor) and value.grad_fn is not None
-            if (
-                not has_graph
-                or isinstance(value, nn.Parameter)
-                or _is_made_by_hook(module, attribute)
-            ):
+            if not _has_graph(value) or _is_made_by_hook(module, attribute):
                 continue
-            if name not in block_of and vars(module).get(attribute) is not value:
+            if name not in block_of and closed.get(name, {}).get(attribute) is not value:
                 continue
             old = before[name].get(attribute)
-            if attribute not in before[name] or (
-                isinstance(old, Tensor) and old.grad_fn is not None
-            ):
+            if attribute not in before[name] or _has_graph(old):
                 around = (block for block in gated.found if name == block.name)
                 block = block_of.get(name) or next(around, gated.found[0])
                 raise unsupported(
@@ -265,6 +259,10 @@ def _attributes_set(
     return kept
 
 
+def _has_graph(value: object) -> bool:
+    return isinstance(value, Tensor) and value.grad_fn is not None
+
+
 def _is_made_by_hook(module: nn.Module, attribute: str) -> bool:
     """Whether weight_norm, spectral_norm or pruning computes the attribute before each call."""
     return any(f"{attribute}_{part}" in module._parameters for part in ("v", "orig"))
@@ -274,6 +272,6 @@ def train_once(run: Callable[..., Any]) -> None:
     """A forward pass, and the backward pass of the sum of all its outputs."""
     output = run()
     refuse_cache(output)
-    differentiable = [out for out in tensors_in(output) if out.requires_grad]
-    if differentiable:
-        torch.stack([out.float().sum() for out in differentiable]).sum().backward()
+    loss = total(output)
+    if loss is not None:
+        loss.backward()
