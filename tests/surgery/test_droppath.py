@@ -1,5 +1,6 @@
 """A model's own drop paths and layerdrop: where they are found, and how they are restored."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -76,6 +77,11 @@ class Slotted:
         self.layerdrop = 0.5
 
 
+@dataclass(frozen=True)
+class Frozen:
+    layerdrop: float = 0.5
+
+
 class Configured(nn.Module):
     """Drops whole layers at the rate of a configuration."""
 
@@ -90,7 +96,7 @@ class Configured(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("config", [SimpleNamespace(layerdrop=0.5), Slotted()])
+@pytest.mark.parametrize("config", [SimpleNamespace(layerdrop=0.5), Slotted(), Frozen()])
 def test_a_model_has_its_very_configuration_again(config):
     model = Configured(config)
     sd.plan(model, X)

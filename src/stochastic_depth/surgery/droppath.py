@@ -3,7 +3,7 @@
 import copy
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,12 +58,15 @@ class ChangedConfig:
 
     def __init__(self, original: Any, holders: Sequence[Any], rates: Sequence[str]) -> None:
         self.original, self.holders, self.rates = original, holders, rates
+        self.copy = copy.copy(original)
+        for rate in rates:
+            try:
+                setattr(self.copy, rate, 0.0)
+            except FrozenInstanceError:
+                object.__setattr__(self.copy, rate, 0.0)
 
     def change(self) -> None:
         """Give the modules the changed copy."""
-        self.copy = copy.copy(self.original)
-        for rate in self.rates:
-            setattr(self.copy, rate, 0.0)
         self.at_first = dict(getattr(self.copy, "__dict__", {}))
         for holder in self.holders:
             holder.config = self.copy
