@@ -8,9 +8,10 @@ import hypothesis
 import pytest
 import torch
 
-pytest.register_assert_rewrite("support")  # its assertions say as much as those of tests
+from stochastic_depth.extras import import_torchvision
 
-import support.operators  # noqa: E402, F401
+pytest.register_assert_rewrite("support")  # its assertions say as much as those of tests
+import_torchvision()  # which libraries that tests use import
 
 SOAK = bool(os.environ.get("STOCHASTIC_DEPTH_SOAK"))
 hypothesis.settings.register_profile("soak", max_examples=1_000, deadline=None)

@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-import support.operators  # noqa: F401
 from stochastic_depth.data import batches, load
 from stochastic_depth.data.cifar import CIFAR10
 from stochastic_depth.errors import StochasticDepthError

@@ -90,7 +90,6 @@ except OutOfMemoryError as error:
 KILLED_LOADER = """
 import multiprocessing, os, signal, sys
 from pathlib import Path
-import support.operators
 from stochastic_depth.errors import OutOfMemoryError
 from stochastic_depth.train import fit, reopen
 from stochastic_depth.train.display import RunView
