@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from stochastic_depth.train import begin, fit, open_run, reopen
-from stochastic_depth.train.config import Config, DistributedConfig
 from stochastic_depth.train.display import RunView
 from support.data_sets import write_imagenet
 from support.forked import torchrun
@@ -193,10 +192,3 @@ def test_a_restart_does_not_go_on_with_a_run_of_another_configuration(alone, mon
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert main(["train", "digits", "--run", str(alone)]) == 1
     assert "of another configuration" in capsys.readouterr().err
-
-
-def test_batch_normalisation_over_ranks_needs_the_same_gates_on_all():
-    from stochastic_depth.errors import ConfigError
-
-    with pytest.raises(ConfigError, match="leave one out"):
-        Config(distributed=DistributedConfig(sync_batchnorm=True, rank_gates=True))

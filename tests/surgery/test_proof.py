@@ -361,11 +361,6 @@ def test_noise_outside_of_the_branches_excuses_no_other_output_in_training():
         sd.apply(NoisyInput(), example=X)
 
 
-def test_a_compiled_model_is_refused_with_the_order_that_works():
-    with pytest.raises(ApplyError, match=r"sd\.compile_blocks"):
-        sd.apply(torch.compile(Trunk(), backend="eager"), example=X)
-
-
 class ForgetsScale(Plain):
     """Is registered with a function that does not multiply its branch."""
 
