@@ -157,7 +157,7 @@ def test_a_model_without_residual_units_is_an_error_not_a_silent_no_op() -> None
 def test_an_unknown_setting_lists_the_known_ones(setting: str, known: str) -> None:
     model = small()
     with pytest.raises(sd.errors.ApplyError) as error:
-        sd.apply(model, **{setting: "row"})  # pyright: ignore[reportArgumentType]
+        sd.apply(model, **{setting: "row"})
     assert str(error.value) == f"{setting}='row': choose one of {known}"
     assert is_untouched(model)
 
@@ -190,7 +190,7 @@ def test_a_bad_drop_rate_is_named(function, rate) -> None:
 
 def test_what_is_no_module_is_refused() -> None:
     with pytest.raises(sd.errors.ApplyError, match=r"an nn\.Module, this is Tensor"):
-        sd.apply(torch.zeros(3))  # pyright: ignore[reportArgumentType]
+        sd.apply(torch.zeros(3))
 
 
 def test_removing_what_was_not_applied_is_an_error() -> None:

@@ -418,7 +418,7 @@ def test_two_calls_of_one_shared_module_have_a_coin_each():
 
 
 def patched(block: nn.Module) -> nn.Module:
-    block.forward = MethodType(lambda self, x: x + 2 * self.f(x), block)  # pyright: ignore
+    block.forward = MethodType(lambda self, x: x + 2 * self.f(x), block)
     return block
 
 
