@@ -68,6 +68,14 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """A file of the user's, which nothing may change."""
+    path = tmp_path / "mine"
+    path.write_bytes(b"mine")
+    return path
+
+
 @pytest.fixture(scope="session")
 def soak() -> bool:
     """Whether the long form is wanted: `make soak`."""

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import scipy.io
+import torch
 from PIL import Image
 
 from stochastic_depth.data import cifar, svhn
@@ -155,3 +156,9 @@ def write_imagenet(root, train=7, val=3):
             for i in range(each):
                 picture = smooth(100 * label + 10 * i + len(part), 40 + 5 * i, 60 - 4 * i)
                 picture.save(folder / f"{name}_{i}.JPEG", "JPEG")
+
+
+def same_batches(one, other):
+    """Whether two sequences of (images, labels) are equal, bit for bit."""
+    pairs = list(zip(one, other, strict=True))
+    return all(torch.equal(a, b) for pair in pairs for a, b in zip(*pair, strict=True))
