@@ -7,10 +7,12 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+import torch.distributed as dist
+
+from stochastic_depth.extras import import_torchvision
 
 pytest.register_assert_rewrite("support")  # its assertions say as much as those of tests
-
-import support.operators  # noqa: E402, F401
+import_torchvision()  # which libraries that tests use import
 
 SOAK = bool(os.environ.get("STOCHASTIC_DEPTH_SOAK"))
 hypothesis.settings.register_profile("soak", max_examples=1_000, deadline=None)
@@ -55,6 +57,23 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process group of this process alone: DDP waits for parameters in it all the same."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """A file of the user's, which nothing may change."""
+    path = tmp_path / "mine"
+    path.write_bytes(b"mine")
+    return path
 
 
 @pytest.fixture(scope="session")

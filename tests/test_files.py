@@ -9,13 +9,6 @@ from stochastic_depth.errors import RunError
 from support.special_files import KINDS, put
 
 
-@pytest.fixture
-def mine(tmp_path):
-    path = tmp_path / "mine"
-    path.write_bytes(b"mine")
-    return path
-
-
 def test_a_file_is_replaced_as_a_whole(tmp_path):
     for content in (b"first", b"second"):
         files.write_whole(tmp_path / "f", content)

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -252,17 +251,10 @@ def test_what_does_not_go_with_it_is_named():
         sd.apply(network(InResidual), closed="forward")
 
 
-@pytest.fixture
-def alone():
-    """A process group of this process alone: DDP waits for parameters in it all the same."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
+@pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("kind", [InExpression, InResidual])
 @pytest.mark.parametrize("skipped", ["paper", "freeze"])
-def test_ddp_does_not_wait_for_branches_that_run_forward_only(alone, kind, skipped):
+def test_ddp_does_not_wait_for_branches_that_run_forward_only(kind, skipped):
     plain, model = network(kind), network(kind)
     options = {"example": X, "closed": "forward-only", "skipped": skipped, "seed": 1}
     for m in (plain, model):

@@ -201,18 +201,21 @@ def test_a_stage_in_training_mode_in_an_evaluating_model_is_drawn_for(module):
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("third", [True, False])
 @pytest.mark.parametrize("way", ["model", *WAYS_IN])
-def test_forced_gates_hold_in_training_and_evaluation_for_every_way_in(training, way):
+def test_forced_gates_hold_in_training_and_evaluation_for_every_way_in(training, third, way):
     model, handle = applied()
     model.train(training)
-    pattern = torch.tensor([True, False, True, False, False])
+    pattern = torch.tensor([True, False, third, False, False])
     with handle.forced(pattern):
-        assert torch.equal(model(batch()), model(batch()))
-        torch.testing.assert_close(model(batch()), by_hand(model, batch(), pattern))
-        if way in ("a method", "forward"):
-            out = WAYS_IN[way](model, batch())
-            out = model.head(out) if way == "a method" else out
-            torch.testing.assert_close(out, by_hand(model, batch(), pattern))
+        out, again = (WAYS_IN.get(way, Net.__call__)(model, batch()) for _ in range(2))
+    assert torch.equal(out, again)
+    if way == "a part":
+        h = model.stem(batch())
+        torch.testing.assert_close(out, h + pattern[2] * torch.tanh(model.blocks[2].f(h)))
+    else:
+        out = model.head(out) if way == "a method" else out
+        torch.testing.assert_close(out, by_hand(model, batch(), pattern))
     assert handle.step == 0
     if training:
         model(batch())

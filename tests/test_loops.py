@@ -94,7 +94,7 @@ def test_what_is_no_step_is_refused_and_changes_nothing(step) -> None:
         handle.seed = 1.5
     model = network()
     with pytest.raises(sd.errors.GateError, match=r"seed=1\.5: gates are a function of integers"):
-        sd.apply(model, HALF, seed=1.5)  # type: ignore[arg-type]
+        sd.apply(model, HALF, seed=1.5)
     sd.apply(model, HALF)
 
 

@@ -50,17 +50,17 @@ assert sd.distributed.skip_closed and sd.surgery.apply
 print("trained", handle.step)
 """
 
-modules = pytest.mark.parametrize(
-    "module",
-    [sd, sd.export, sd.distributed, sd.models, sd.surgery],
-    ids=lambda m: m.__name__,
-)
+DOCUMENTED = [sd, sd.distributed, sd.export, sd.models, sd.surgery]
+PACKAGES = [*DOCUMENTED, sd.block_program, sd.data, sd.train]
 
 
-@modules
+@pytest.mark.parametrize("module", PACKAGES, ids=lambda m: m.__name__)
 def test_all_is_sorted_and_complete(module: types.ModuleType) -> None:
     for name in module.__all__:
-        getattr(module, name)  # names of a lazy package are there once they are touched
+        assert getattr(module, name) is not None  # of a lazy package: once it is touched
+    assert set(module.__all__) <= set(dir(module))
+    with pytest.raises(AttributeError, match="has no attribute 'aply'"):
+        module.aply  # noqa: B018
     public = {
         name
         for name, value in vars(module).items()
@@ -75,7 +75,7 @@ def test_all_is_sorted_and_complete(module: types.ModuleType) -> None:
     assert set(module.__all__) - aliases == public - aliases
 
 
-@modules
+@pytest.mark.parametrize("module", DOCUMENTED, ids=lambda m: m.__name__)
 def test_every_public_name_has_a_docstring(module: types.ModuleType) -> None:
     assert module.__doc__
     for name in module.__all__:
@@ -92,7 +92,7 @@ def test_every_public_name_has_a_docstring(module: types.ModuleType) -> None:
 
 def test_every_module_of_the_package_says_what_it_is() -> None:
     for module in pkgutil.walk_packages(sd.__path__, "stochastic_depth."):
-        spec = module.module_finder.find_spec(module.name, None)  # pyright: ignore
+        spec = module.module_finder.find_spec(module.name, None)
         source = spec.loader.get_source(module.name)
         assert source.lstrip().startswith('"""'), module.name
 
@@ -114,7 +114,7 @@ def test_no_two_classes_of_the_library_share_a_name() -> None:
     for module in pkgutil.walk_packages(sd.__path__, "stochastic_depth."):
         if module.name.startswith(BLOCK_PROGRAM):
             continue
-        spec = module.module_finder.find_spec(module.name, None)  # pyright: ignore
+        spec = module.module_finder.find_spec(module.name, None)
         for node in ast.parse(spec.loader.get_source(module.name)).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places.setdefault(node.name, set()).add(module.name)
@@ -143,6 +143,20 @@ def test_submodules_load_when_they_are_touched() -> None:
     )
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.strip() == "stochastic_depth"
+
+
+@pytest.mark.parametrize(
+    "first",
+    ["import stochastic_depth.train.fit", "from stochastic_depth.train.fit import Callback"],
+)
+def test_a_submodule_never_stands_in_place_of_its_function(first: str) -> None:
+    program = f"{first}\nfrom stochastic_depth.train import fit\nassert callable(fit)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_configuration_is_read_without_pytorch() -> None:
+    program = "import sys, stochastic_depth.train.config\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_the_core_and_the_models_need_pytorch_alone() -> None:

@@ -99,7 +99,7 @@ def test_a_rule_that_gives_no_number_names_rule_and_block(answer: object) -> Non
         return answer
 
     with pytest.raises(sd.errors.SurvivalError, match=r"odd.* gives no number for block 1"):
-        survival_probabilities(odd, 2)  # pyright: ignore[reportArgumentType]
+        survival_probabilities(odd, 2)
 
 
 @pytest.mark.parametrize("rule", [0.5, "linear", (0.9, 0.5)])
@@ -107,7 +107,7 @@ def test_what_is_no_rule_is_told_what_one_is(rule: object) -> None:
     with pytest.raises(
         sd.errors.SurvivalError, match=r"is not a rule: give sd\.LinearDecay"
     ) as error:
-        survival_probabilities(rule, 2)  # pyright: ignore[reportArgumentType]
+        survival_probabilities(rule, 2)
     assert repr(rule) in str(error.value)
 
 

@@ -52,7 +52,7 @@ class Trunk(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        for attention, feed_forward in self.layers:  # pyright: ignore[reportGeneralTypeIssues]
+        for attention, feed_forward in self.layers:
             x = attention(x) + x
             x = feed_forward(x) + x
         return x

@@ -23,12 +23,6 @@ def runs(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch, tmp_path):
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.chdir(tmp_path)
-
-
 def shown(capsys, *arguments):
     code = main(["analyze", *map(str, arguments)])
     captured = capsys.readouterr()

@@ -21,12 +21,6 @@ from stochastic_depth.recipes import RECIPES
 SMALL = ["--model.depth", "8", "--epochs", "2"]
 
 
-@pytest.fixture(autouse=True)
-def a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
-
-
 def test_without_a_command_the_commands_are_told(capsys):
     assert main([]) == 0
     shown = capsys.readouterr().out

@@ -21,12 +21,6 @@ SMALL = "--model.depth 8 --data.train 300 --epochs 2 --evaluate-every 3 --thread
 SURVIVAL = ["sweep", "survival", "digits", *SMALL, "--survival", "0.2", "--seeds", "2"]
 
 
-@pytest.fixture(autouse=True)
-def a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
-
-
 def files(folder):
     return {path: path.read_bytes() for path in (folder / "runs").rglob("*") if path.is_file()}
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from stochastic_depth.data import Batches, FolderBatches, folder_batches
 from stochastic_depth.errors import DataError
-from support.data_sets import IMAGENET_CLASSES, write_imagenet
+from support.data_sets import IMAGENET_CLASSES, same_batches, write_imagenet
 
 SIZE = 28
 
@@ -21,11 +21,6 @@ def root(tmp_path):
 def made(root, **options) -> FolderBatches:
     settings = {"batch": 4, "seed": 3, "device": "cpu", "workers": 0, "image_size": SIZE}
     return FolderBatches(root, **(settings | options))
-
-
-def same(one, other):
-    pairs = list(zip(one, other, strict=True))
-    return all(torch.equal(a, b) for pair in pairs for a, b in zip(*pair, strict=True))
 
 
 def test_it_is_what_training_needs(root):
@@ -67,21 +62,21 @@ def test_the_default_device_of_pytorch_changes_nothing(workers, root):
         found = list(others.train(1)), list(made(root, workers=workers).evaluate("test"))
     finally:
         torch.set_default_device(None)
-    assert same(found[0], expected[0])
-    assert same(found[1], expected[1])
+    assert same_batches(found[0], expected[0])
+    assert same_batches(found[1], expected[1])
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_the_number_of_workers_does_not_change_the_batches(root):
     alone = list(made(root).train(1))
-    assert same(made(root, workers=2).train(1), alone)
-    assert same(made(root, workers=2).evaluate("test"), made(root).evaluate("test"))
+    assert same_batches(made(root, workers=2).train(1), alone)
+    assert same_batches(made(root, workers=2).evaluate("test"), made(root).evaluate("test"))
 
 
 def test_an_epoch_resumed_at_any_step_is_the_tail_of_the_whole(root):
     whole = list(made(root).train(2))
     for start in range(6):
-        assert same(made(root).train(2, start), whole[start:])
+        assert same_batches(made(root).train(2, start), whole[start:])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -92,13 +87,13 @@ def test_the_global_random_state_has_no_part_in_it_and_is_left_alone(root, worke
     first = list(batches.train(0)) + list(batches.evaluate("test"))
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    assert same([*batches.train(0), *batches.evaluate("test")], first)
+    assert same_batches([*batches.train(0), *batches.evaluate("test")], first)
 
 
 def test_epochs_and_seeds_have_their_own_order_and_views(root):
     first = list(made(root).train(0))
-    assert not same(made(root).train(1), first)
-    assert not same(made(root, seed=4).train(0), first)
+    assert not same_batches(made(root).train(1), first)
+    assert not same_batches(made(root, seed=4).train(0), first)
 
 
 def test_every_training_image_comes_once_with_its_label_and_without_augmentation_unchanged(root):

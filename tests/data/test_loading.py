@@ -18,12 +18,6 @@ def as_set(part):
     return {image.tobytes() for image in part.images.numpy()}
 
 
-def test_all_is_sorted_and_complete():
-    module = stochastic_depth.data
-    assert module.__all__ == sorted(module.__all__)
-    assert all(hasattr(module, name) for name in module.__all__)
-
-
 def test_the_validation_images_do_not_depend_on_how_many_are_trained_on():
     small, whole = load("digits", train=50), load("digits")
     assert torch.equal(small.validation.images, whole.validation.images)

@@ -1,6 +1,4 @@
 import io
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ from PIL import Image, ImageOps
 
 from stochastic_depth.data.pictures import decode, decode_one, open_picture
 from stochastic_depth.errors import DataError
-from support.data_sets import encode
+from support.data_sets import encode, png_of
 
 SIDE = 32
 
@@ -61,15 +59,9 @@ def test_another_mode_is_refused():
 
 @pytest.mark.parametrize("side", [5_000, 11_000, 2**31 - 1])
 def test_a_picture_that_claims_to_be_huge_is_not_decoded(side, monkeypatch):
-    def chunk(kind, content):
-        body = kind + content
-        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99))
     monkeypatch.setattr(Image.Image, "tobytes", lambda _: pytest.fail("decoded"))
     with pytest.raises(DataError, match="here: "):
-        decode_one(bomb + chunk(b"IEND", b""), "here", SIDE)
+        decode_one(png_of(side), "here", SIDE)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG", "BMP"])

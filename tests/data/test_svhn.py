@@ -1,13 +1,7 @@
-import io
-import struct
-import zlib
-
 import numpy as np
 import pytest
 import scipy.io
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from stochastic_depth.data import Images, load, svhn
 from stochastic_depth.data.svhn import read_mat, read_svhn
@@ -64,78 +58,20 @@ def test_the_missing_extra_file_is_named_with_its_source(tmp_path):
         load("svhn", tmp_path)
 
 
-X = np.zeros((32, 32, 3, 4), np.uint8)
-Y = np.ones((4, 1), np.uint8)
+OTHERS = {
+    "nothing": lambda whole: b"",
+    "cut short": lambda whole: whole[:-1],
+    "longer": lambda whole: whole + b"\0",
+    "one bit": lambda whole: whole[:200] + bytes([whole[200] ^ 1]) + whole[201:],
+    "a size of 4 GB": lambda whole: whole[:132] + b"\xff" * 4 + whole[136:],
+}
 
 
-CONTENTS = [
-    {"X": X},
-    {"y": Y},
-    {},
-    {"X": X.astype(float), "y": Y},
-    {"X": X[:31], "y": Y},
-    {"X": X, "y": Y[:3]},
-    {"X": X[..., :0], "y": Y[:0]},
-    {"X": X, "y": Y * 11},
-    {"X": X, "y": Y * 0},
-    {"X": X, "y": Y * float("nan")},
-    {"X": X, "y": Y * 1.5},
-    {"X": X, "y": np.array([["a"]] * 4, dtype=object)},
-]
-
-
-def refused(path, content):
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=rf"{path.name}: MD5 checksum .*--data.name folder"):
-        read_mat(path)
-
-
-@pytest.mark.parametrize("content", CONTENTS)
-def test_a_file_with_other_content_is_refused(content, tmp_path):
+@pytest.mark.parametrize("kind", OTHERS)
+def test_nothing_but_what_was_published_is_read_by_scipy(kind, tmp_path, monkeypatch):
     write_svhn(tmp_path)
-    file = io.BytesIO()
-    scipy.io.savemat(file, content)
-    refused(tmp_path / "extra_32x32.mat", file.getvalue())
-
-
-@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
-def test_a_truncated_file_is_refused(share, tmp_path):
-    write_svhn(tmp_path)
+    monkeypatch.setattr(scipy.io, "loadmat", lambda *_, **__: pytest.fail("read"))
     path = tmp_path / "test_32x32.mat"
-    refused(path, path.read_bytes()[: int(share * path.stat().st_size)])
-
-
-@settings(max_examples=50, deadline=None)
-@given(data=st.data())
-def test_an_altered_file_is_refused(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("svhn")
-    write_svhn(folder, {"test": 1})
-    path = folder / "test_32x32.mat"
-    content = bytearray(path.read_bytes())
-    content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
-    refused(path, content)
-
-
-def a_file(*elements):
-    return b" " * 124 + b"\0\x01IM" + b"".join(elements)
-
-
-BOMB = zlib.compress(struct.pack("<II", 14, 64) + bytes(2**26))
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"MATLAB 7.3 MAT-file".ljust(124) + b"\0\x02IM",
-        b" " * 124 + b"\x01\0MI",
-        a_file(b"\x0e"),
-        a_file(struct.pack("<II", 14, 2**32 - 1)),
-        a_file(struct.pack("<II", 14, 0)),
-        a_file(struct.pack("<II", 9, 8), bytes(8)),
-        a_file(struct.pack("<II", 15, 4), b"abcd"),
-        a_file(struct.pack("<II", 15, len(BOMB)), BOMB),
-    ],
-)
-def test_another_version_or_a_false_size_is_refused(content, tmp_path):
-    refused(tmp_path / "test_32x32.mat", content)
+    path.write_bytes(OTHERS[kind](path.read_bytes()))
+    with pytest.raises(DataError, match=r"test_32x32.mat: MD5 checksum .*--data.name folder"):
+        read_mat(path)

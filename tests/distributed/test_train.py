@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from stochastic_depth.train import begin, fit, open_run, reopen
-from stochastic_depth.train.config import Config, DistributedConfig
 from stochastic_depth.train.display import RunView
 from support.data_sets import write_imagenet
 from support.forked import torchrun
@@ -146,7 +145,7 @@ def test_a_run_of_one_is_gone_on_with_by_two(alone, folder, group):
 
 def test_a_process_is_killed_and_the_group_ends_where_it_would_have(together, folder, group):
     """Bit for bit; what happens to more of them is in tests/train/test_kill.py."""
-    (preserve_state, _), killed = together, folder / "killed"
+    (undisturbed, _), killed = together, folder / "killed"
     under_way = group("digits", *OPTIONS, *SYNCED, "--run", killed, restarts=2)
     began = time.monotonic()
     while not list((killed / "checkpoints").glob("step-*")):
@@ -157,7 +156,7 @@ def test_a_process_is_killed_and_the_group_ends_where_it_would_have(together, fo
     assert "going on at step" in output
     shown = [line for line in output.splitlines() if "torch/distributed/elastic" not in line]
     assert not any("Traceback" in line for line in shown)  # the agent logs how its process ended
-    assert_same_end(open_run(preserve_state), open_run(killed))
+    assert_same_end(open_run(undisturbed), open_run(killed))
     assert not list(killed.rglob(".unfinished-*"))
 
 
@@ -193,10 +192,3 @@ def test_a_restart_does_not_go_on_with_a_run_of_another_configuration(alone, mon
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert main(["train", "digits", "--run", str(alone)]) == 1
     assert "of another configuration" in capsys.readouterr().err
-
-
-def test_batch_normalisation_over_ranks_needs_the_same_gates_on_all():
-    from stochastic_depth.errors import ConfigError
-
-    with pytest.raises(ConfigError, match="leave one out"):
-        Config(distributed=DistributedConfig(sync_batchnorm=True, rank_gates=True))

@@ -6,13 +6,6 @@ from stochastic_depth.cli import main
 from support.special_files import put
 
 
-@pytest.fixture
-def mine(tmp_path):
-    path = tmp_path / "mine"
-    path.write_bytes(b"mine")
-    return path
-
-
 @pytest.mark.parametrize("suffix", [".safetensors", ".onnx"])
 @pytest.mark.parametrize("kind", ["link", "pipe", "device"])
 def test_an_exported_network_is_a_regular_file(tmp_path, mine, pictures, suffix, kind, capsys):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import stochastic_depth as sd
-from stochastic_depth.models import CifarResNet, DenseNet, ImageNetResNet
+from stochastic_depth.models import CifarResNet, DenseNet, ImageNetResNet, VisionTransformer
 from stochastic_depth.models.initialisation import initialise
 
 BUILDERS = [
@@ -15,6 +15,9 @@ BUILDERS = [
     pytest.param(lambda **settings: DenseNet(22, 4, **settings), id="DenseNet"),
 ]
 RESIDUAL = BUILDERS[:2]
+TRANSFORMER = pytest.param(
+    lambda **settings: VisionTransformer(1, init="he", **settings), id="VisionTransformer"
+)
 
 
 @pytest.mark.parametrize("build", BUILDERS)
@@ -30,7 +33,7 @@ def test_building_a_model_neither_uses_nor_changes_the_random_state(build) -> No
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("build", [*BUILDERS, TRANSFORMER])
 def test_the_weights_are_a_function_of_the_seed(build) -> None:
     one, same, other = (list(build(seed=seed).parameters()) for seed in (3, 3, 4))
     assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))

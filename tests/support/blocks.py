@@ -1,6 +1,7 @@
 """Residual blocks that know nothing of this library, in every form an addition comes in."""
 
 import functools
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -316,3 +317,47 @@ def network(kind: type[nn.Module], blocks: int = 3) -> nn.Sequential:
 
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def require_surviving_network(
+    original: nn.Sequential, model: nn.Sequential, handle: sd.Handle
+) -> None:
+    """Under all gates: output and gradients of the open blocks, and no call of a closed branch.
+
+    Args:
+        original: a network of `network`.
+        model: an equal one that has stochastic depth.
+    """
+    stem, *blocks = original
+    for pattern in itertools.product((False, True), repeat=len(blocks)):
+        with handle.forced(pattern):
+            out = model.forward(X)
+            watched, called = _calls(model)
+        assert torch.equal(watched, out)
+        assert called == {number for number, is_open in enumerate(pattern) if is_open}
+        expected = stem(X)
+        for block, is_open in zip(blocks, pattern, strict=True):
+            expected = block(expected) if is_open else closed(block, expected)
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+        for one, result in ((model, out), (original, expected)):
+            one.zero_grad()
+            result.square().sum().backward()
+        for (name, p), q in zip(model.named_parameters(), original.parameters(), strict=True):
+            if q.grad is None:
+                assert p.grad is None, (name, pattern)
+            else:
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-12)
+
+
+def _calls(model: nn.Sequential) -> tuple[Tensor, set[int]]:
+    """The output of a pass, and the blocks of whose branches any part was called in it."""
+    called: set[int] = set()
+    hooks = [
+        part.register_forward_hook(lambda *_, number=number: called.add(number))
+        for number, block in enumerate(list(model)[1:])
+        for part in (block.norm, block.one, block.two)
+    ]
+    out = model.forward(X)
+    for hook in hooks:
+        hook.remove()
+    return out, called

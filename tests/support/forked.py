@@ -1,6 +1,5 @@
 """Commands of processes that are forked, and what they import."""
 
-import support.operators  # noqa: F401  isort: skip
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import stochastic_depth.cli.train

@@ -2,7 +2,6 @@
 
 import io
 import json
-import pickle
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,13 +11,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import scipy.io
 import torch
 from safetensors.torch import save
 
-from stochastic_depth.data.cifar import CIFAR10, read_batch, read_parquet_file, read_records
+from stochastic_depth.data.cifar import CIFAR10, read_parquet_file, read_records
 from stochastic_depth.data.pictures import decode_one, open_picture
-from stochastic_depth.data.svhn import read_mat
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import Config, open_run
 from stochastic_depth.train.checkpoint import (
@@ -30,7 +27,7 @@ from stochastic_depth.train.journal import read_journal
 from stochastic_depth.train.run_folder import checksum, create_run
 from stochastic_depth.train.runtime import resolve_runtime
 from stochastic_depth.train.weights import read_weights, write_weights
-from support.data_sets import encode, published
+from support.data_sets import encode
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
 
@@ -80,9 +77,7 @@ def read_description(content: bytes) -> None:
 
 
 READERS: dict[str, Callable[[bytes], object]] = {
-    "pickle": in_file(lambda path: read_batch(path, CIFAR10), "data_batch_1"),
     "binary": in_file(lambda path: read_records(path, CIFAR10)),
-    "mat": in_file(read_mat, "test_32x32.mat"),
     "parquet": in_file(lambda path: read_parquet_file(path, CIFAR10)),
     "small picture": lambda content: decode_one(content, "here", 32),
     "picture": in_file(open_picture),
@@ -94,13 +89,6 @@ READERS: dict[str, Callable[[bytes], object]] = {
     "run past its checksum": read_description,
     "configuration": read_config,
 }
-
-
-def of_mat(compressed: bool) -> bytes:
-    file = io.BytesIO()
-    content = {"X": PIXELS.transpose(1, 2, 3, 0)[..., :1], "y": np.ones((1, 1), np.uint8)}
-    scipy.io.savemat(file, content, do_compression=compressed)
-    return file.getvalue()
 
 
 def of_parquet(**options) -> bytes:
@@ -143,14 +131,11 @@ def of_journal() -> bytes:
 def whole_files() -> dict[str, list[bytes]]:
     """Good files of each reader, to begin with."""
     rows = PIXELS.transpose(0, 3, 1, 2).reshape(4, 3072)
-    batch = {b"data": rows[:1].copy(), b"labels": [3]}
     pictures = [encode(PIXELS[0], kind) for kind in ("PNG", "JPEG", "BMP", "WEBP", "PPM")]
     configurations = [json.dumps(recipe().to_json()).encode() for recipe in RECIPES.values()]
     described, checkpoint = of_run(), of_checkpoint()
     return {
-        "pickle": [published("data_batch_1", pickle.dumps(batch, 2))],
         "binary": [b"\3" + rows[0].tobytes()],
-        "mat": [published("test_32x32.mat", of_mat(compressed=True))],
         "parquet": [of_parquet(compression=kind) for kind in ("none", "snappy", "zstd", "gzip")],
         "small picture": pictures,
         "picture": pictures,

@@ -16,7 +16,7 @@ from stochastic_depth.draw import (
     draw,
     seed_of_rank,
 )
-from stochastic_depth.errors import ConfigError, RunError
+from stochastic_depth.errors import RunError
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.survival import LinearDecay
 from stochastic_depth.train import Config, ModelConfig, Record, Run, SurvivalConfig, open_run
@@ -85,12 +85,6 @@ def every_error_of_the_first_rank_reaches_all(folder: Path) -> None:
         on_primary(refuse)
 
 
-def subset_gates_and_batch_normalisation_over_ranks_are_refused_together() -> None:
-    """Together they could wait for each other for ever."""
-    with pytest.raises(ConfigError, match="leave one out"):
-        config("subset", sync_batchnorm=True)
-
-
 def a_run_with_gates_by_rank_goes_on_bit_for_bit(folder: Path) -> None:
     by_rank = config(rank_gates=True)
     run, records = trained(folder / "by-rank", by_rank)
@@ -128,7 +122,6 @@ CHECKS = {
     "two": (
         sample_gates_train_alike_on_all_numbers_of_ranks,
         subset_gates_draw_alike_on_all_numbers_of_ranks,
-        subset_gates_and_batch_normalisation_over_ranks_are_refused_together,
         a_run_with_gates_by_rank_goes_on_bit_for_bit,
         balanced_gates_are_counted_alike_where_a_run_is_resumed_before_its_evaluation,
         every_error_of_the_first_rank_reaches_all,

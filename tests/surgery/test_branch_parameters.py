@@ -2,11 +2,9 @@
 
 import copy
 import itertools
-import os
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -100,15 +98,6 @@ def test_experts_that_the_example_does_not_reach_belong_to_their_block() -> None
         model.train()(X).sum().backward()
     assert all(not p.grad.any() for p in model.blocks[0].parameters())
     assert model.unused.weight.grad is None
-
-
-@pytest.fixture
-def one_process(tmp_path):
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_process")

@@ -4,7 +4,6 @@ import copy
 import functools
 import importlib
 import itertools
-import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import stochastic_depth as sd
 from stochastic_depth.surgery.applied import applied_to
 from stochastic_depth.surgery.find.find_blocks import find_blocks
-from support.blocks import ONE_ADDITION, WIDTH, SaysHow, X, closed, network
+from support.blocks import ONE_ADDITION, WIDTH, SaysHow, X, network, require_surviving_network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,31 +48,7 @@ def test_every_pattern_of_gates_gives_outputs_and_gradients_of_the_surviving_net
     original, model = network(kind), network(kind)
     handle = sd.apply(model, sd.LinearDecay(0.5), example=X)
     assert [block.mechanism for block in applied_to(model).found] == ["deferred"] * 3
-    stem, *blocks = original
-    for pattern in itertools.product((False, True), repeat=3):
-        called = []
-        hooks = [
-            part.register_forward_hook(functools.partial(note, called, number))
-            for number, block in enumerate(list(model)[1:])
-            for part in (block.norm, block.one, block.two)
-        ]
-        with handle.forced(pattern):
-            h = model.forward(X)
-        expected = stem(X)
-        for block, is_open in zip(blocks, pattern, strict=True):
-            expected = block(expected) if is_open else closed(block, expected)
-        torch.testing.assert_close(h, expected, rtol=1e-12, atol=1e-12)
-        assert not {number for number in called if not pattern[number]}
-        for hook in hooks:
-            hook.remove()
-        for network_, out in ((model, h), (original, expected)):
-            network_.zero_grad()
-            out.square().sum().backward()
-        for (name, p), q in zip(model.named_parameters(), original.parameters(), strict=True):
-            if q.grad is None:
-                assert p.grad is None, (name, pattern)
-            else:
-                torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-12)
+    require_surviving_network(original, model, handle)
 
 
 class Apart(nn.Module):
@@ -293,35 +268,6 @@ def test_threads_that_evaluate_at_once_do_not_disturb_each_other() -> None:
         torch.testing.assert_close(output, right)
     with handle.subnetwork([False] * 3):
         assert torch.equal(model(x[0]), x[0])
-
-
-def test_copies_pickles_and_what_remains_after_removal() -> None:
-    model = Pairs().double()
-    sd.apply(model, sd.Uniform(0.5), example=X)
-    twin, again = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
-    for _ in range(3):
-        assert torch.equal(model(X), twin(X))
-    assert torch.equal(model.eval()(X), again.eval()(X))
-    sd.remove(model)
-    assert type(model) is Pairs
-    assert torch.equal(model(X), Pairs().double()(X))
-
-
-def test_the_plain_model_after_fold_and_the_shorter_one_after_truncate() -> None:
-    model = Pairs().double()
-    for pair in model.layers:
-        for part in pair:
-            part.append(nn.Linear(WIDTH, WIDTH).double())
-    handle = sd.apply(model, sd.Uniform(0.5), example=X)
-    shorter = copy.deepcopy(model)
-    expected = model.eval()(X)
-    with handle.subnetwork([True, False, True], scaled=True):
-        of_two = model(X)
-    sd.fold(model, X)
-    torch.testing.assert_close(model(X), expected, rtol=1e-10, atol=1e-12)
-    sd.truncate(shorter, [0, 2], X)
-    assert len(shorter.layers) == 2
-    torch.testing.assert_close(shorter.eval()(X), of_two, rtol=1e-10, atol=1e-12)
 
 
 class Checkpointed(Pairs):

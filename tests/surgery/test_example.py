@@ -28,7 +28,7 @@ class Recorder(nn.Module):
         self.averages, self.pair = [torch.zeros(2)], (torch.zeros(2), "name")
         self.statistics = {"all": Statistics()}
         self.itself = [self.nested]
-        self.itself.append(self.itself)  # pyright: ignore[reportArgumentType]
+        self.itself.append(self.itself)
 
     def forward(self, x: Tensor) -> Tensor:
         self.loads["all"] += 1
@@ -44,7 +44,7 @@ class Recorder(nn.Module):
         statistics.calls += 1
         statistics.sizes.append(len(x))
         statistics.mean.add_(1)
-        statistics.last = x  # pyright: ignore[reportAttributeAccessIssue]
+        statistics.last = x
         return x
 
     def state(self) -> object:

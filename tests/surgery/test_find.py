@@ -314,7 +314,7 @@ def calls_to_find(layers: int) -> int:
         find_blocks, model, X, "block", None, (), defer=set[str](), count_flops=False
     )
     assert [block.name for block in found.blocks] == [f"layers.{n}" for n in range(layers)]
-    return pstats.Stats(profile).total_calls  # pyright: ignore[reportAttributeAccessIssue]
+    return pstats.Stats(profile).total_calls
 
 
 def test_four_times_the_layers_are_about_four_times_the_work() -> None:

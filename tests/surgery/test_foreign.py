@@ -27,8 +27,8 @@ from support.blocks import (
     Scaled,
     WithSuper,
     X,
-    closed,
     network,
+    require_surviving_network,
     skip_or_sum,
 )
 
@@ -40,35 +40,7 @@ def test_every_pattern_of_gates_gives_outputs_and_gradients_of_the_surviving_net
     original, model = network(kind), network(kind)
     handle = sd.apply(model, sd.LinearDecay(0.5), example=X)
     assert len(handle.survival) == 3
-    stem, *blocks = original
-    for pattern in itertools.product((False, True), repeat=3):
-        with handle.forced(pattern):
-            h = model.forward(X)
-        expected = stem(X)
-        for block, is_open in zip(blocks, pattern, strict=True):
-            expected = block(expected) if is_open else closed(block, expected)
-        torch.testing.assert_close(h, expected, rtol=1e-12, atol=1e-12)
-        for network_, out in ((model, h), (original, expected)):
-            network_.zero_grad()
-            out.square().sum().backward()
-        for (name, p), q in zip(model.named_parameters(), original.parameters(), strict=True):
-            if q.grad is None:
-                assert p.grad is None, (name, pattern)
-            else:
-                torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("kind", ONE_ADDITION)
-def test_a_closed_block_calls_nothing_of_its_branch(kind):
-    model = network(kind)
-    handle = sd.apply(model, sd.LinearDecay(0.5), example=X)
-    called = []
-    for block in list(model)[1:]:
-        for part in (block.norm, block.one, block.two):
-            part.register_forward_hook(lambda *_: called.append(1))
-    with handle.forced([False] * 3):
-        model.forward(X)
-    assert called == []
+    require_surviving_network(original, model, handle)
 
 
 @pytest.mark.parametrize("kind", ONE_ADDITION)
@@ -292,21 +264,6 @@ def test_what_is_not_residual_is_said_to_be_none(kind):
         sd.apply(network(kind), example=X)
 
 
-class Loop(Base):
-    def forward(self, x):
-        for _ in range(2):
-            x = x + self.f(x)
-        return x
-
-
-class Deletes(Base):
-    def forward(self, x):
-        y = self.f(x)
-        out = x + y
-        del y
-        return out
-
-
 class Asks(Base):
     """Its branch is needed for the input of the next one, too."""
 
@@ -466,7 +423,7 @@ def test_two_calls_of_one_shared_module_have_a_coin_each():
 
 
 def patched(block: nn.Module) -> nn.Module:
-    block.forward = MethodType(lambda self, x: x + 2 * self.f(x), block)  # pyright: ignore
+    block.forward = MethodType(lambda self, x: x + 2 * self.f(x), block)
     return block
 
 

@@ -7,6 +7,7 @@ The result is that of the original, or an error where the block had to be deferr
 
 import copy
 import itertools
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -184,12 +185,26 @@ class AddsToAnotherValue(Block):
         return combined_with(x, g * self.f(x), self.late if other else None)
 
 
-DEFERRED = [
-    ChangesTheInnerGuard, ChangesTheInnerGuardBeforeOthers, JoinsIfAsked, JoinsByItsLength,
-    JoinsWhatItComputes, ReturnsEarly, ReadsWhatMayBeNone, ComparesWhatMayBeNone,
-    AsksInAComprehension, AsksInAComprehensionOfTheSameName, AddsInAFunctionIfAsked,
-    AddsInAFunctionOfAFunction, AddsToAnotherValue,
-]  # fmt: skip
+LONG, OTHER, NEVER = "longer sequences", "other=True", "never"
+ERRORS = {
+    ChangesTheInnerGuard: LONG,
+    ChangesTheInnerGuardBeforeOthers: LONG,
+    JoinsByItsLength: LONG,
+    JoinsIfAsked: OTHER,
+    JoinsWhatItComputes: OTHER,
+    ReturnsEarly: OTHER,
+    ComparesWhatMayBeNone: OTHER,
+    AddsInAFunctionIfAsked: OTHER,
+    AddsInAFunctionOfAFunction: OTHER,
+    ReadsWhatMayBeNone: NEVER,
+    AsksInAComprehension: NEVER,
+    AsksInAComprehensionOfTheSameName: NEVER,
+    AddsToAnotherValue: NEVER,
+    AsksTheOuterGuardFirst: NEVER,
+}
+"""Where a closed block does not reach its addition, which is an error."""
+SLICED = (AsksInAComprehension, AsksTheOuterGuardFirst)
+"""Are rewritten; the others are deferred."""
 
 
 class Network(nn.Module):
@@ -207,24 +222,30 @@ class Network(nn.Module):
         return torch.stack(tensors_in(out))
 
 
-@pytest.mark.parametrize("kind", [*DEFERRED, AsksTheOuterGuardFirst])
+@pytest.mark.parametrize("kind", ERRORS)
 def test_another_path_than_that_of_the_example_is_that_of_the_original_or_an_error(kind):
     model = Network(kind)
     original = copy.deepcopy(model)
     handle = sd.apply(model, sd.Uniform(0.5), example=inputs(4))
-    for length, other, pattern in itertools.product(
+    mechanism = "slice" if kind in SLICED else "deferred"
+    assert {found.mechanism for found in applied_to(model).found} == {mechanism}
+    for length, other, gates in itertools.product(
         (4, 7), (False, True), itertools.product((False, True), repeat=2)
     ):
-        with handle.forced(list(pattern)):
-            try:
-                found = model(inputs(length), other=other)
-            except sd.errors.AdditionNotReachedError:
-                assert {found.mechanism for found in applied_to(model).found} == {"deferred"}
-                assert length > 4 or other
-                continue
-        torch.testing.assert_close(
-            found, original(inputs(length), tuple(map(float, pattern)), other)
+        fails = {
+            LONG: length > 4 and not all(gates),
+            OTHER: other and not gates[1],  # of the last block, which alone is told
+            NEVER: False,
+        }
+        expected = (
+            pytest.raises(sd.errors.AdditionNotReachedError)
+            if fails[ERRORS[kind]]
+            else nullcontext()
         )
+        with handle.forced(gates), expected:
+            found = model(inputs(length), other=other)
+            right = original(inputs(length), tuple(map(float, gates)), other)
+            torch.testing.assert_close(found, right)
 
 
 def test_an_outer_condition_is_asked_before_an_inner_one():

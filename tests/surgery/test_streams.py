@@ -293,7 +293,7 @@ class Lookup(nn.Module):
     def forward(self, x):
         fine = x[:, None].expand(-1, 4, -1) * torch.arange(1.0, 5, dtype=x.dtype)[:, None]
         coarse = nn.functional.interpolate(fine.transpose(1, 2), 2).transpose(1, 2)
-        for down, up in self.layers:  # pyright: ignore[reportGeneralTypeIssues]
+        for down, up in self.layers:
             coarse = down(coarse + fine[:, ::2]) + coarse
             fine = up(fine + coarse.repeat(1, 2, 1)) + fine
         return self.head(coarse.mean(1) + torch.tanh(fine).mean(1))

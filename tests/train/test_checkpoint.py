@@ -24,27 +24,6 @@ def test_what_was_saved_comes_back(path):
     assert state["nested"] == STATE["nested"]
 
 
-def test_a_checkpoint_cut_short_anywhere_is_refused(path):
-    whole = path.read_bytes()
-    for length in [*range(200), *range(200, len(whole), 37), len(whole) - 1]:
-        path.write_bytes(whole[:length])
-        with pytest.raises(
-            CheckpointError,
-            match=r"c\.ckpt is (not a checkpoint of this library, or is cut short|damaged: its)",
-        ):
-            load_checkpoint(path, "a")
-
-
-def test_any_flipped_bit_is_noticed(path):
-    whole = path.read_bytes()
-    for position in range(0, len(whole), 11):
-        damaged = bytearray(whole)
-        damaged[position] ^= 1 << (position % 8)
-        path.write_bytes(damaged)
-        with pytest.raises(CheckpointError):
-            load_checkpoint(path, "a")
-
-
 def test_a_checkpoint_of_another_run_is_refused(path):
     with pytest.raises(CheckpointError, match="another run"):
         load_checkpoint(path, "b")

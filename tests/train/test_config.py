@@ -9,6 +9,7 @@ from stochastic_depth.errors import ConfigError, SurvivalError
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.schedules import Decreasing, Early, Late, Progressive, Steps, Warmup
 from stochastic_depth.train import Config, DataConfig, ModelConfig, OptimizerConfig, SurvivalConfig
+from stochastic_depth.train.config import DistributedConfig
 from stochastic_depth.train.schedule_config import SETTINGS, ScheduleConfig
 
 
@@ -136,6 +137,17 @@ def test_forward_only_has_neither_gates_for_single_samples_nor_a_scale():
     for wrong in ({"gate": "subset"}, {"scale": "training"}):
         with pytest.raises(ConfigError, match=r"survival\.closed is forward-only"):
             SurvivalConfig(closed="forward-only", **wrong)
+
+
+@pytest.mark.parametrize(
+    ("survival", "rank_gates"), [(SurvivalConfig(gate="subset"), False), (SurvivalConfig(), True)]
+)
+def test_batch_normalisation_over_ranks_needs_the_same_gates_on_all(survival, rank_gates):
+    with pytest.raises(ConfigError, match="leave one out"):
+        Config(
+            survival=survival,
+            distributed=DistributedConfig(sync_batchnorm=True, rank_gates=rank_gates),
+        )
 
 
 @pytest.mark.parametrize(

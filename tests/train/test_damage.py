@@ -6,14 +6,12 @@ import io
 import json
 import random
 import re
-import shutil
 import zipfile
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load
 
 from stochastic_depth.errors import CheckpointError, ConfigError, RunError
 from stochastic_depth.files import write_whole
@@ -65,7 +63,10 @@ def test_a_checkpoint_cut_at_every_length_is_noticed(checkpoint, counts):
     path, whole = checkpoint
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError):
+        with pytest.raises(
+            CheckpointError,
+            match=r"c\.ckpt is (not a checkpoint of this library, or is cut short|damaged: its)",
+        ):
             load_checkpoint(path, "a")
     path.write_bytes(whole + b"\0")
     with pytest.raises(CheckpointError, match="damaged: its checksum does not match its"):
@@ -135,9 +136,7 @@ def test_a_configuration_without_its_checksum_is_refused(small, path):
         open_run(path)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"[]", b"5", b"null", b"\xff\xfe", b"[" * 100_000, b'{"format": 1}', b"{}"]
-)
+@pytest.mark.parametrize("content", [b"5", b"null", b"\xff\xfe", b"[" * 100_000, b"{}"])
 def test_a_configuration_that_is_none_is_refused(content, path):
     path.mkdir()
     (path / "config.json").write_bytes(content)
@@ -150,29 +149,6 @@ def stopped_after(records, run, images, watch):
     for _ in range(records):
         next(under_way)
     under_way.close()
-
-
-def test_a_checkpoint_of_another_run_is_told_and_the_one_before_it_used(
-    small, path, silent, tmp_path
-):
-    run, images = begin(small, path)
-    stopped_after(2, run, images, silent)
-    other, _ = finish(tmp_path / "other", dataclasses.replace(small, seed=1), silent)
-    for step in (4, 20):  # over one of ours, and as the newest
-        shutil.copy(other.checkpoints.path(20), run.checkpoints.path(step))
-    list(fit(run, images, silent))
-    assert "step-000000020.ckpt belongs to another run" in silent.said[0]
-    assert "going on" not in silent.said[0]
-    assert_same_end(run, finish(tmp_path / "preserve_state", small, silent)[0])
-
-
-def test_a_checkpoint_under_another_name_is_told_and_not_used(small, path, silent, tmp_path):
-    run, images = begin(small, path)
-    stopped_after(2, run, images, silent)
-    shutil.copy(run.checkpoints.path(4), run.checkpoints.path(12))
-    list(fit(run, images, silent))
-    assert "step-000000012.ckpt belongs to step 4: it was renamed" in silent.said[0]
-    assert_same_end(run, finish(tmp_path / "preserve_state", small, silent)[0])
 
 
 def test_files_that_are_no_checkpoints_are_left_alone(tmp_path):
@@ -266,18 +242,6 @@ def test_a_checkpoint_with_the_right_checksum_can_still_not_do_harm(tmp_path, pa
         load_checkpoint(tmp_path / "c.ckpt", "a")
 
 
-@pytest.mark.parametrize("damage", [lambda w: w[:-5], lambda w: flipped(w, 8 * len(w) - 30)])
-def test_damaged_weights_of_a_finished_run_are_told_and_written_anew(small, path, silent, damage):
-    run, _ = finish(path, small, silent)
-    right = load(run.weights.read_bytes())
-    run.weights.write_bytes(damage(run.weights.read_bytes()))
-    assert list(fit(*reopen(path), silent)) == []
-    assert "model.safetensors" in silent.said[-1]
-    assert "written again" in silent.said[-1]
-    again = read_weights(run.weights)
-    assert all(torch.equal(again[name], tensor) for name, tensor in right.items())
-
-
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
 def test_a_half_written_last_line_of_the_journal_is_dropped(small, path, silent, share, tmp_path):
     run, images = begin(small, path)
@@ -299,46 +263,17 @@ def test_a_line_of_the_journal_that_is_none_is_named(tmp_path, line):
         read_journal(tmp_path / "metrics.jsonl", "a")
 
 
-def test_weights_of_another_run_are_refused_and_written_again(finished, path, silent):
-    """By all that uses them; and the remedy that the error names works."""
-    shutil.copytree(finished, path)
-    run, images = reopen(path)
-    right = load(run.weights.read_bytes())
-    write_weights(run.weights, right, {"run": "f" * 32, "recipe": "digits"})
-    shown = f"model.safetensors belongs to another run \\({'f' * 32}, not {run.id}\\): remove it"
-    with pytest.raises(RunError, match=shown):
-        read_weights(run.weights, run.id)
-    with pytest.raises(RunError, match=shown):
-        trained_model(run, images)
-    run.weights.unlink()
-    assert list(fit(run, images, silent)) == []
-    again = read_weights(run.weights, run.id)
-    assert all(torch.equal(again[name], tensor) for name, tensor in right.items())
-    assert trained_model(run, images)
-
-
-def test_after_no_checkpoint_can_be_trusted_the_remedy_begins_the_run_again(finished, path, silent):
-    shutil.copytree(finished, path)
-    for checkpoint in (path / "checkpoints").iterdir():
-        checkpoint.write_bytes(b"damaged")
-    with pytest.raises(CheckpointError, match="no checkpoint can be trusted") as raised:
-        list(fit(*reopen(path), silent))
-    shown = str(raised.value)
-    assert f"delete it and {path / 'metrics.jsonl'}, and resume: the run begins at step 0" in shown
-    shutil.rmtree(path / "checkpoints")
-    (path / "metrics.jsonl").unlink()
-    assert len(list(fit(*reopen(path), silent))) == len(open_run(finished).records())
-    assert_same_end(open_run(path), open_run(finished))
-
-
 def test_an_empty_folder_is_begun_in_and_a_folder_of_something_else_is_not(
     small, path, monkeypatch
 ):
     path.mkdir()
     run, _ = begin(small, path)
     assert open_run(path) == run
-    with pytest.raises(RunError, match=f"go on with it by --resume {path}"):
+    described = (path / "config.json").read_bytes()
+    with pytest.raises(RunError, match=f"exists already: go on with it by --resume {path}"):
         begin(small, path)
+    assert (path / "config.json").read_bytes() == described
+    assert [p.name for p in path.parent.iterdir()] == ["run"]
     other = path.with_name("other")
     other.mkdir()
     (other / "thesis").write_bytes(b"")
@@ -373,17 +308,6 @@ def test_counts_have_an_end(small, name):
         ConfigError, match=f"{name.replace('_', '-')} is 1{'0' * 30}: it must be at"
     ):
         dataclasses.replace(small, **{name: 10**30})
-
-
-def test_a_run_that_has_ended_keeps_its_journal_when_its_checkpoints_are_gone(
-    finished, path, silent
-):
-    shutil.copytree(finished, path)
-    shutil.rmtree(path / "checkpoints")
-    with pytest.raises(CheckpointError, match="is finished and has no checkpoints left"):
-        list(fit(*reopen(path), silent))
-    for name in ("metrics.jsonl", "model.safetensors"):
-        assert (path / name).read_bytes() == (finished / name).read_bytes()
 
 
 @pytest.mark.parametrize(

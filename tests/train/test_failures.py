@@ -90,7 +90,6 @@ except OutOfMemoryError as error:
 KILLED_LOADER = """
 import multiprocessing, os, signal, sys
 from pathlib import Path
-import support.operators
 from stochastic_depth.errors import OutOfMemoryError
 from stochastic_depth.train import fit, reopen
 from stochastic_depth.train.display import RunView
@@ -259,14 +258,6 @@ def test_a_clock_that_runs_backwards_changes_nothing(small, path, silent, monkey
     assert_same_end(run, finish(tmp_path / "other", small, silent)[0])
 
 
-def test_an_image_that_changes_between_start_and_resume_is_noticed(pictures_config, path):
-    begin(pictures_config, path)
-    picture = next((pictures_config.data.root / "train").rglob("*.JPEG"))
-    picture.write_bytes(picture.read_bytes() + b"\0")
-    with pytest.raises(RunError, match=r"data with fingerprint \w{12}, this data has \w{12}:"):
-        reopen(path)
-
-
 @pytest.mark.parametrize("mask", [0o022, 0o077])
 def test_files_and_folders_have_the_permissions_that_the_user_gives_to_all(
     small, path, silent, mask
@@ -283,13 +274,6 @@ def test_files_and_folders_have_the_permissions_that_the_user_gives_to_all(
         # The lock is the library filelock's, which allows others to read at most.
         assert mode == full & ~mask or (found.name == "lock" and not mode & 0o022), found
     assert dataclasses.replace(run.config) == small
-
-
-def test_runs_of_one_name_at_one_time_are_made_by_one(small, path):
-    begin(small, path)
-    with pytest.raises(RunError, match="exists already"):
-        begin(small, path)
-    assert [p.name for p in path.parent.iterdir()] == ["run"]
 
 
 def test_training_asks_nothing_of_the_network(small, path, silent, monkeypatch):

@@ -148,20 +148,6 @@ def test_the_global_random_state_plays_no_part_and_is_left_alone(small, path, si
     assert_same_end(run, other)
 
 
-def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(small, path, silent, tmp_path):
-    run, _ = finish(path, small, silent)
-    other, images = begin(small, tmp_path / "other")
-    records = fit(other, images, silent)
-    for _ in range(3):
-        next(records)
-    records.close()
-    newest = other.checkpoints.path(other.checkpoints.steps()[0])
-    newest.write_bytes(newest.read_bytes()[:-100])
-    list(fit(other, images, silent))
-    assert "is damaged" in silent.said[0]
-    assert_same_end(run, other)
-
-
 def test_going_on_with_other_threads_is_told(small, path, silent):
     run, images = begin(small, path)
     records = fit(run, images, silent)
@@ -205,16 +191,6 @@ def test_the_last_good_checkpoint_is_named_when_weights_diverge(small, path, sil
     assert run.checkpoints.steps() == [4]
 
 
-def test_two_cannot_write_one_folder(small, path, silent):
-    run, images = begin(small, path)
-    first = fit(run, images, silent)
-    next(first)
-    with pytest.raises(RunError, match="being written by another process"):
-        next(fit(run, images, silent))
-    first.close()
-    assert len(list(fit(run, images, silent))) == 4
-
-
 def test_other_data_than_the_run_began_on_is_refused(small, path, silent):
     run, _ = begin(small, path)
     _, other = begin(replace(small, data=DataConfig(train=500)), path.parent / "other")
@@ -235,20 +211,6 @@ def test_what_cannot_be_trained_leaves_no_folder(small, path, change, error):
     with pytest.raises(error):
         begin(replace(small, **change), path)
     assert not path.exists()
-
-
-def test_an_existing_folder_is_not_written_over(small, path):
-    begin(small, path)
-    config = (path / "config.json").read_bytes()
-    with pytest.raises(RunError, match="exists already: go on with it by --resume"):
-        begin(small, path)
-    assert (path / "config.json").read_bytes() == config
-
-
-def test_an_empty_folder_can_be_begun_in(small, path):
-    path.mkdir()
-    run, _ = begin(small, path)
-    assert run.path == path
 
 
 def test_a_folder_that_is_no_run_is_refused(path):

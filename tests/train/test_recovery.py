@@ -211,9 +211,10 @@ def _(runs):
 
 @row("`is being written by another process`")
 def _(runs):
-    runs.stopped()
-    with open_run(runs.path).writing():
-        assert "is being written by another process" in runs.refused()
+    under_way = fit(*reopen(runs.stopped()), runs.watch)
+    next(under_way)
+    assert "is being written by another process" in runs.refused()
+    under_way.close()
     runs.resume()
     runs.ends_as_if_nothing_had_happened()
 
@@ -270,7 +271,8 @@ def _(runs):
 def _(runs):
     shutil.rmtree(runs.ended() / "checkpoints")
     assert "is finished and has no checkpoints left" in runs.refused()
-    assert open_run(runs.path).records() == open_run(runs.finished).records()
+    for name in ("metrics.jsonl", "model.safetensors"):
+        assert (runs.path / name).read_bytes() == (runs.finished / name).read_bytes()
     assert main(["eval", str(runs.path), "--checkpoint", "last"]) == 0
     out = str(runs.path.with_name("exported.safetensors"))
     assert main(["export", str(runs.path), "--checkpoint", "last", "--out", out]) == 0
@@ -286,7 +288,9 @@ def _(runs):
             checkpoint.write_bytes(b"damaged")
 
     damage()
-    assert "no checkpoint can be trusted" in runs.refused()
+    refused, journal = runs.refused(), runs.path / "metrics.jsonl"
+    assert "no checkpoint can be trusted" in refused
+    assert f"delete it and {journal}, and resume: the run begins at step 0" in refused
     shutil.copytree(
         runs.path.with_name("backup") / "checkpoints", runs.path / "checkpoints", dirs_exist_ok=True
     )
@@ -294,7 +298,7 @@ def _(runs):
     runs.ends_as_if_nothing_had_happened()
     damage()
     shutil.rmtree(runs.path / "checkpoints")
-    (runs.path / "metrics.jsonl").unlink()
+    journal.unlink()
     runs.resume()
     runs.ends_as_if_nothing_had_happened()
 
@@ -375,8 +379,10 @@ def _(runs):
     weights = runs.ended() / "model.safetensors"
     write_weights(weights, {"weight": torch.ones(1)}, {"run": "f" * 32, "recipe": "digits"})
     run, images = reopen(runs.path)
-    with pytest.raises(StochasticDepthError, match="safetensors belongs to another run"):
-        trained_model(run, images)
+    shown = rf"safetensors belongs to another run \({'f' * 32}, not {run.id}\): remove it"
+    for use in (lambda: trained_model(run, images), lambda: read_weights(weights, run.id)):
+        with pytest.raises(StochasticDepthError, match=shown):
+            use()
     weights.unlink()
     runs.resume()
     runs.weights_are_back()
@@ -419,12 +425,12 @@ def _(runs):
 def _(runs):
     weights = runs.ended() / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    list(fit(*reopen(runs.path), runs.watch))
+    assert list(fit(*reopen(runs.path), runs.watch)) == []
     assert re.search(r"safetensors is not a complete .* file.*; written again", runs.watch.said[-1])
     runs.weights_are_back()
     right = weights.read_bytes()
     weights.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
-    list(fit(*reopen(runs.path), runs.watch))
+    assert list(fit(*reopen(runs.path), runs.watch)) == []
     assert re.search(r"model.safetensors is damaged.*; written again", runs.watch.said[-1])
     runs.weights_are_back()
 
@@ -438,7 +444,7 @@ def _(runs):
     changed = next((pictures / "train").rglob("*.JPEG"))
     changed.write_bytes(changed.read_bytes() + b"\0")
     max((runs.path / "checkpoints").iterdir()).unlink()
-    assert re.search("began on data with fingerprint .*, this data has", runs.refused())
+    assert re.search(r"data with fingerprint \w{12}, this data has \w{12}:", runs.refused())
     assert main(["train", "--resume", str(runs.path), "--data", str(right), "--quiet"]) == 0
 
 

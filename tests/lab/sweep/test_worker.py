@@ -18,7 +18,6 @@ from stochastic_depth.train import DataConfig, OptimizerConfig, open_run
 from support.runs import assert_same_end
 from support.small_sweep import GRID, SMALL
 
-KILLS = int(os.environ.get("STOCHASTIC_DEPTH_KILLS", "1"))
 LONGER = replace(SMALL, epochs=8, evaluate_every=4)
 
 
@@ -44,32 +43,40 @@ def begun(sweep):
     return {p: open_run(sweep.path(p)).id for p in points}
 
 
-def test_killed_workers_lose_nothing_and_nothing_is_trained_twice(tmp_path, undisturbed):
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_killed_workers_lose_nothing_and_nothing_is_trained_twice(
+    tmp_path, undisturbed, soak, counts
+):
     sweep = open_sweep(tmp_path / "killed", "survival", GRID, LONGER)
+    wanted, kills = 20 if soak else 1, 0
     moments, alive = random.Random(0), multiprocessing.active_children
     with ExitStack() as workers:
         workers.enter_context(Workers(sweep, count=2, threads=1))
-        for kill in range(KILLS):
-            while len(begun(sweep)) <= kill % 6 and len(finished(sweep)) < 6:
+        while kills < wanted:
+            while len(begun(sweep)) <= kills % 6 and len(finished(sweep)) < 6:
                 assert alive()
                 time.sleep(0.02)
             time.sleep(moments.uniform(0, 0.3))
             written = {path: path.stat().st_mtime_ns for path in finished(sweep).values()}
             before = begun(sweep)
-            if victims := alive():
-                victim = moments.choice(victims)
-                os.kill(victim.pid, signal.SIGKILL)
-                victim.join()
-            if kill + 1 < KILLS:
-                workers.enter_context(Workers(sweep, count=1, threads=1))
+            if not (victims := alive()):
+                break
+            victim = moments.choice(victims)
+            os.kill(victim.pid, signal.SIGKILL)
+            victim.join()
+            kills += victim.exitcode == -signal.SIGKILL
+            workers.enter_context(Workers(sweep, count=1, threads=1))
         while alive():
             time.sleep(0.1)
+    assert kills > wanted / 2
     assert len(finished(sweep)) == 6
     assert all(path.stat().st_mtime_ns == when for path, when in written.items())
     assert before.items() <= begun(sweep).items()
     for point in GRID.points():
         assert_same_end(open_run(undisturbed.path(point)), open_run(sweep.path(point)))
     assert claim_next(sweep) is None
+    counts["kills of workers, whose sweep ended bit for bit as undisturbed"] += kills
 
 
 def test_a_run_of_its_folder_alone_goes_on_with_the_threads_it_began_with(tmp_path, undisturbed):
