@@ -1,4 +1,4 @@
-"""A language model with transformers' Trainer: pretraining, then fine-tuning, and what it saves."""
+"""A language model with transformers' Trainer: pretraining, then fine-tuning."""
 
 import argparse
 import inspect
@@ -21,16 +21,14 @@ def train(model, *callbacks, steps=8, rate=1e-3):
     folder = tempfile.mkdtemp()  # use_cache=False is the Trainer's own default
     arguments = hf.TrainingArguments(folder, report_to="none", disable_tqdm=True, **options)
     trainer = hf.Trainer(model, arguments, train_dataset=data, callbacks=list(callbacks))
-    return trainer.train().metrics["train_runtime"]
+    trainer.train()
 
 
 hf.set_seed(0)
-constant = train(hf.LlamaForCausalLM(config))
 model = hf.LlamaForCausalLM(config)
-stochastic = train(model, StochasticDepthCallback(sd.LinearDecay(0.5)))
+train(model, StochasticDepthCallback(sd.LinearDecay(0.5), balance=True))
 saved = sd.summary(model, {"input_ids": data[0]["input_ids"][None]}).expected_saving
-print(f"pre-training: {100 * saved:.0f} % of the FLOPs saved,", end=" ")
-print(f"{100 * (1 - stochastic / constant):.0f} % of the time")
+print(f"pretraining: {100 * saved:.0f} % of the FLOPs saved")
 
 sd.remove(model)  # to fine-tune: a mild rule, and evaluation without scaling
 mild = StochasticDepthCallback(sd.LinearDecay(0.8), scale="training", skipped="freeze")

@@ -19,8 +19,8 @@ def create(**options):
 
 
 model = create(drop_path_rate=0.4)
-# The rates are in the blocks; dividing by p_l in training is what timm's DropPath does.
-handle = sd.apply(model, "own", example=images[:2], scale="training")
+# The rates are in the blocks, and the scaling is that of timm's DropPath.
+handle = sd.apply(model, "own", example=images[:2])
 print("p_l:", *(f"{p:.2f}" for p in handle.survival))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 ema = ModelEmaV3(model, decay=0.5)  # a copy with independent gates

@@ -1,6 +1,8 @@
 """What mkdocs does besides: files of the repository as pages, and the results they point to.
 
-A page may hold a line `{{ EXPERIMENTS.md }}`: that file's text, with its links put right.
+The pages of docs/ can be read as they stand. In the site, a page that is only a link to a file has
+that file's text, with its links put right; and a sentence that links an example and what it prints
+becomes the program and its output.
 """
 
 import posixpath
@@ -14,6 +16,11 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 PAGES = {"EXPERIMENTS.md": "results.md", "CHANGELOG.md": "changelog.md", "README.md": "index.md"}
 """Where a file at the root of the repository is found in the site."""
+EXAMPLE = re.compile(
+    r"^\[(?P<program>examples/\S+)\]\(\S+\) prints\s"
+    r"\[this\]\(\S*(?P<output>examples/output/\S+)\)(?P<how>[^.]*)\.$",
+    re.MULTILINE,
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -27,7 +34,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Put in whole files, then turn links that leave docs/ into what the site has for them."""
-    whole = re.fullmatch(r"\s*\{\{ (\S+) \}\}\s*", markdown)
+    whole = re.fullmatch(r"\s*\[(\S+)\]\(\S+\)\s*", markdown)
     folder = posixpath.join("docs", posixpath.dirname(page.file.src_uri))
     if whole:
         markdown, folder = (ROOT / whole[1]).read_text(), posixpath.dirname(whole[1])
@@ -44,4 +51,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         path = posixpath.relpath(path, posixpath.dirname(page.file.src_uri) or ".")
         return f"[{text}]({path}{'#' + anchor if anchor else ''})"
 
-    return re.sub(r"\[([^\]\n]*)\]\(([^)\s]+)\)", put_right, markdown)
+    # The programs come last, so that nothing in them is taken for a link.
+    return EXAMPLE.sub(_program, re.sub(r"\[([^\]\n]*)\]\(([^)\s]+)\)", put_right, markdown))
+
+
+def _program(example: re.Match[str]) -> str:
+    program, output = ((ROOT / example[each]).read_text() for each in ("program", "output"))
+    return (
+        f'``` {{.py title="{example["program"]}"}}\n{program}```\n\n'
+        f"It prints{example['how']}:\n\n```text\n{output}```"
+    )
