@@ -111,6 +111,12 @@ def test_a_step_that_is_set_to_an_earlier_one_brings_its_probabilities() -> None
     with handle.draw():
         handle.step = 5  # the next micro-batch is of the same step
     assert handle.survival == handle.survival_at(5)
+    with handle.draw():
+        pass
+    resumed = sd.apply(network(), rule, schedule=ramp)
+    resumed.load_state_dict(handle.state_dict())
+    handle.step = resumed.step = 5  # a further micro-batch, after a resume too
+    assert resumed.survival == handle.survival == handle.survival_at(5)
 
 
 def test_an_average_has_gates_of_its_own_and_leaves_the_models_alone() -> None:

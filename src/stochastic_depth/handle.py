@@ -365,7 +365,7 @@ class Handle:
                 )
         self.seed, self._step = seed, step
         self._set_survival(max(0, self._step - 1))
-        self._coins = self._drawn = None
+        self._coins, self._drawn = None, self._step - 1
         self.restore_gates()
 
     def _set_survival(self, step: int) -> None:

@@ -354,7 +354,7 @@ def is_compiler_error(error: BaseException) -> bool:
 
 
 def generators() -> list[torch.Generator]:
-    """The random number generators of the CPU and of all accelerators in use.
+    """The random number generators of the CPU, and of CUDA, XPU and MPS where they are in use.
 
     `torch.manual_seed` also queues a seed for accelerators that are not in use yet, in place of the
     one that the user has queued, which could not be restored. Replacement: random states in

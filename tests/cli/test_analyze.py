@@ -174,10 +174,10 @@ def test_runs_of_different_networks_are_told_apart(runs, capsys):
     assert shallow < out.index("constant depth") < deep < out.rindex("stochastic depth")
 
 
-def test_a_run_and_its_copies_count_once(runs, capsys, tmp_path):
+def test_a_run_and_its_copy_are_not_two_seeds(runs, capsys, tmp_path):
     shutil.copytree(runs / "stochastic-seed0", tmp_path / "copy")
-    out = shown(capsys, "gradients", runs / "stochastic-seed0", "copy", runs / "constant-seed0")
-    assert "±" not in out
+    error = refused(capsys, "gradients", runs / "stochastic-seed0", "copy", runs / "constant-seed0")
+    assert "copy has the configuration, the data and the seed of another RUN: name one" in error
 
 
 def test_names_are_data(runs, capsys, tmp_path):

@@ -64,7 +64,7 @@ class Net(nn.Module):
 
     def forward(self, x):
         x = self.blocks(x)
-        return self.head(x if x.ndim == 2 else x.mean((2, 3)))
+        return self.head(x if x.ndim == 2 else x.flatten(2).mean(2))
 
 
 class Block(nn.Module):
@@ -145,7 +145,12 @@ def conv(*tail: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.ReLU(), nn.Conv2d(WIDTH, WIDTH, 3, padding=1), *tail)
 
 
+def volume(*tail: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.ReLU(), nn.Conv3d(WIDTH, WIDTH, 3, padding=1), *tail)
+
+
 ROW, PICTURE = torch.randn(4, WIDTH), torch.randn(4, WIDTH, 6, 6)
+VOLUME = torch.randn(2, WIDTH, 4, 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -164,9 +169,13 @@ ROW, PICTURE = torch.randn(4, WIDTH), torch.randn(4, WIDTH, 6, 6)
         (lambda: conv(nn.MaxPool2d(3, 1, 1)), PICTURE),
         (lambda: SqueezeAndExcite(), PICTURE),
         (lambda: Warp(), PICTURE),
+        (lambda: volume(nn.ReplicationPad3d(1), nn.AvgPool3d(3, 1)), VOLUME),
+        (lambda: volume(nn.AvgPool3d(2), nn.Upsample(scale_factor=2, mode="trilinear")), VOLUME),
+        (lambda: volume(nn.AvgPool3d(2), nn.Upsample(scale_factor=2)), VOLUME),
     ],
     ids=(
-        "linear norm relu scale sum ghost weight-norm conv batch-norm leaky pool squeeze warp"
+        "linear norm relu scale sum ghost weight-norm conv batch-norm leaky pool squeeze warp "
+        "pad trilinear nearest"
     ).split(),
 )
 def test_a_branch_that_ends_in_something_linear_takes_its_factor(make, example):

@@ -1,13 +1,16 @@
 """What is compared between runs, and by which average."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
 
-from stochastic_depth.lab.outcomes import RunOutcome, experiments, interval_steps
+from stochastic_depth.lab.outcomes import RunOutcome, distinct, experiments, interval_steps
+from stochastic_depth.lab.sources import read_run
 from stochastic_depth.lab.training_curves import training_time
 from stochastic_depth.train import layout
 from stochastic_depth.train.schedule_config import ScheduleConfig
+from support.runs import edit_description
 
 LENGTHS = [100, 100, 100, 7]
 """Steps between evaluations; the training ends before the fourth hundred."""
@@ -79,6 +82,18 @@ def test_a_seed_that_is_trained_again_counts_once_as_far_as_it_has_come(experime
     again = replace(run, run=replace(run.run, id="again"), records=run.records[:1])
     (found,) = experiments([again, run])
     assert list(found.runs) == [run]
+
+
+def test_of_equal_runs_of_a_seed_the_last_one_counts_and_none_that_failed(experiment, tmp_path):
+    (run, *_) = experiment.stochastic[0].runs
+    shutil.copytree(run.run.path, tmp_path / "later")
+    edit_description(tmp_path / "later", lambda described: described.update(created="9"))
+    shutil.copytree(run.run.path, tmp_path / "failed")
+    (tmp_path / "failed" / layout.FAILED).write_text("the loss is nan\n")
+    later, failed = (read_run(tmp_path / name) for name in ("later", "failed"))
+    under_way = replace(run, records=run.records[:1])
+    assert distinct([run, later]) == distinct([later, run]) == [later]
+    assert distinct([failed, under_way]) == [under_way]
 
 
 def test_a_kind_whose_runs_all_failed_does_not_hold_up_the_others(experiment, tmp_path):

@@ -117,6 +117,7 @@ def test_a_wrapper_that_forwards_attributes_is_no_second_model(wrap) -> None:
     wrapped = wrap(model)
     assert sd.handle_of(wrapped) is handle
     assert list(applied_inside(wrapped).values()) == [model]
+    assert sd.verify(wrapped, images(), repeats=1).blocks == 3
     sd.remove(wrapped)
     assert is_untouched(wrapped)
     assert not applied_inside(wrapped)

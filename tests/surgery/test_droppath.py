@@ -1,5 +1,7 @@
 """A model's own drop paths and layerdrop: where they are found, and how they are restored."""
 
+import copy
+import pickle
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -64,6 +66,53 @@ class DropsByItself(nn.Module):
         return x + (y * (torch.rand(len(x), 1) >= self.rate) if self.training else y)
 
 
+class InTheHead(nn.Module):
+    """Uses one drop path in all branches, and in its head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.drop, self.head = layers(), DropPath(0.2), nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + self.drop(layer(x).tanh())
+        return self.head(self.drop(x))
+
+
+def test_a_drop_path_that_other_code_calls_too_cannot_be_disabled():
+    model = InTheHead()
+    assert not any(block.refusal == "" for block in sd.plan(model.eval(), X).blocks)
+    with pytest.raises(sd.errors.UnsupportedBlockError, match="called outside of the blocks too"):
+        sd.apply(model, example=X)
+    assert model.drop.drop_prob == 0.2
+    listed = Listed([DropPath(0.2)] * 3)
+    with pytest.raises(sd.errors.UnsupportedBlockError, match="called outside of the blocks too"):
+        sd.apply(listed, example=X, exclude="first.0")
+
+
+class Forwards(nn.Module):
+    """Has the configuration of the model inside it as an attribute that cannot be set."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def config(self) -> object:
+        return self.model.config
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+def test_a_configuration_is_changed_where_it_is_held():
+    model = Forwards(Configured(SimpleNamespace(layerdrop=0.5)))
+    sd.apply(model, example=X)
+    assert model.config.layerdrop == 0.0
+    sd.remove(model)
+    assert model.config.layerdrop == 0.5
+
+
 def test_own_says_what_to_do_about_a_drop_path_that_is_a_function():
     model = nn.Sequential(DropsByItself(), DropsByItself())
     with pytest.raises(sd.errors.SurvivalError, match=r"set its rates to 0 .*survival=\[1 - rate"):
@@ -80,6 +129,7 @@ class Slotted:
 @dataclass(frozen=True)
 class Frozen:
     layerdrop: float = 0.5
+    width: float = 0.1
 
 
 class Configured(nn.Module):
@@ -106,6 +156,18 @@ def test_a_model_has_its_very_configuration_again(config):
     sd.remove(model)
     assert model.config is config
     assert config.layerdrop == 0.5
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("config", [SimpleNamespace(layerdrop=0.5, width=0.1), Frozen()])
+def test_a_copy_of_the_model_has_its_configuration_again(copied, config):
+    model = Configured(config)
+    sd.apply(model, example=X)
+    if config != Frozen():
+        config.width = 0.3
+    again = copied(model)
+    sd.remove(again)
+    assert again.config == config
 
 
 def test_what_was_set_in_a_configuration_meanwhile_stays_set():

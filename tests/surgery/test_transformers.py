@@ -83,6 +83,8 @@ def test_each_sample_has_the_output_of_its_own_gates(name, gate):
         with handle.forced(gates):
             alone = model(**example)[0]
         torch.testing.assert_close(together[sample : sample + 1], alone)
+    model.train()(**EXAMPLES[name])[0].sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

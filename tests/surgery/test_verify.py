@@ -30,6 +30,15 @@ def test_a_sound_model_is_verified_and_left_as_it_was(gate):
     assert "3 blocks verified in 4 sets" in str(result)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_part_that_was_scripted_since_is_no_obstacle():
+    model = nn.Sequential(network(Left), nn.Linear(WIDTH, 2).to(X))
+    sd.apply(model, example=X)
+    model[1] = torch.jit.script(model[1])
+    assert sd.verify(model, X, repeats=1).difference == 0
+    assert sd.summary(model, X).expected_saving > 0
+
+
 def test_time_is_saved():
     model = nn.Sequential(nn.Linear(4, 256), *(Wide() for _ in range(4)))
     x = torch.randn(256, 4)

@@ -132,6 +132,16 @@ def _(runs):
     runs.ends_as_if_nothing_had_happened()
 
 
+@row("`device is …, which cannot be used`")
+def _(runs):
+    runs.stopped()
+    edit_description(runs.path, lambda described: described["runtime"].update(device="cuda:99"))
+    refused = runs.refused()
+    assert refused.startswith("device is 'cuda:99', which cannot be used (")
+    assert main([*shlex.split(refused.partition("stochastic-depth ")[2]), "--quiet"]) == 0
+    runs.weights_are_back()
+
+
 @row("`native kernels: no C++ compiler was found`, `… failed`")
 def _(runs):
     if library.why_unavailable() is not None:

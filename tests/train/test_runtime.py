@@ -61,7 +61,6 @@ def elsewhere(finished, path):
         "eval {run}",
         "train --resume {run}",
         "export {run} --out {folder}/out.safetensors",
-        "predict {run} {folder}/picture.png",
         "analyze ensemble {run} --subnetworks 1",
         "analyze pruning {run} --points 2 --repeats 2 --batch 2 --recalibrate-on 32",
     ],
@@ -69,11 +68,22 @@ def elsewhere(finished, path):
 def test_a_run_of_a_device_that_is_not_here_goes_on_by_another_one(
     command, elsewhere, tmp_path, capsys
 ):
-    Image.new("L", (8, 8)).save(tmp_path / "picture.png")
     arguments = command.format(run=elsewhere, folder=tmp_path).split()
     assert main(arguments) == 1
     assert "device is 'cuda:99', which cannot be used" in capsys.readouterr().err
     assert main([*arguments, "--device", "cpu"]) == 0
+
+
+def test_a_run_of_any_device_classifies_pictures(elsewhere, tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "picture.png")
+    assert main(["predict", str(elsewhere), str(tmp_path / "picture.png")]) == 0
+
+
+def test_a_run_says_that_it_goes_on_by_another_device(elsewhere, silent, monkeypatch):
+    said = []
+    monkeypatch.setattr(silent, "say", said.append)
+    list(fit(*reopen(elsewhere, device="cpu"), silent))
+    assert [line for line in said if line.startswith("begun on cuda:99 by")]
 
 
 def test_a_run_goes_on_by_another_device_in_the_precision_it_began_with(elsewhere):

@@ -34,12 +34,13 @@ class Question:
             raise ConfigError("no RUN is given: name one run folder or several")
 
     def experiments(self) -> list["Experiment"]:
-        """The runs in groups; a seed counts once.
+        """The runs in groups.
 
         Raises:
+            ConfigError: when two of them are of the same seed.
             RunError: when one of them has no record yet.
         """
-        from stochastic_depth.lab.outcomes import experiments
+        from stochastic_depth.lab.outcomes import distinct, experiments
         from stochastic_depth.lab.sources import read_run
 
         runs = [read_run(path) for path in self.runs]
@@ -49,6 +50,13 @@ class Question:
                 raise RunError(
                     f"{path} has measured nothing yet, its journal is empty: go on with it by "
                     f"stochastic-depth train --resume {path}"
+                )
+        kept = distinct(runs)
+        for run in runs:
+            if run not in kept:
+                raise ConfigError(
+                    f"{run.run.path} has the configuration, the data and the seed of another RUN: "
+                    "name one of them"
                 )
         return experiments(runs)
 

@@ -46,7 +46,7 @@ class Export:
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where its data is now (none: where it was)."""
     device: str | None = None
-    """Where to compute (none: on the device the run began on)."""
+    """Where blocks are chosen and measured (none: on the device the run began on)."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """The file to write (none: named as the run, in the current folder)."""
 
@@ -103,8 +103,6 @@ class Predict:
     """For a run folder: the checkpoint of the lowest validation error, or the newest."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """For a run folder: where its data is now (none: where it was)."""
-    device: str | None = None
-    """For a run folder: where to compute (none: on the device the run began on)."""
 
     def check(self) -> None:
         if not self.pictures:
@@ -186,9 +184,7 @@ def predict(arguments: list[str]) -> int:
         import torch
 
         from stochastic_depth.export.predict import open_classifier, read_pictures
-    network, description = open_classifier(
-        asked.network, asked.depth, asked.checkpoint, asked.data, asked.device
-    )
+    network, description = open_classifier(asked.network, asked.depth, asked.checkpoint, asked.data)
     images = read_pictures(asked.pictures, description.input)
     with torch.inference_mode():
         probabilities = network(images).double().softmax(1)

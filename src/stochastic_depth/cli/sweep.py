@@ -173,10 +173,9 @@ def _run(sweep: "Sweep", asked: Options, console: "PlainConsole", again: str) ->
         told: Counter[int] = Counter()
         while workers.working() and not stop():
             progress.look(read_claims(sweep))
-            killed = Counter(workers.killed())
-            for signal in (killed - told).elements():
+            for signal in (Counter(workers.killed()) - told).elements():
                 progress.say(f"a worker was killed by signal {signal}; others go on with its run")
-            told = killed
+                told[signal] += 1
         progress.look([])
         killed = workers.killed()
     points = sweep.grid.points()

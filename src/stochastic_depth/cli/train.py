@@ -70,7 +70,8 @@ class Resume:
     data: Folder = None
     """Where its data is now (none: where it was)."""
     device: str | None = None
-    """Where to compute (none: on the device the run began on)."""
+    """Where to compute from here on, in the precision of the run (none: on the device it began
+    on). The seconds in its journal are then of two devices."""
     quiet: Flag = False
     """Print nothing."""
 

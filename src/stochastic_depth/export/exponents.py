@@ -183,6 +183,7 @@ FORMS: dict[str, Form] = {
     "copy": Form(("src",)),
     "embedding": Form(("weight",)),
     "grid_sampler_2d": Form(("input",)),
+    "grid_sampler_3d": Form(("input",)),
     "_weight_norm_interface": Form(("g",)),
     "_prelu_kernel": ITSELF,
     "zeros": Form(),
@@ -193,11 +194,13 @@ FORMS: dict[str, Form] = {
 FORMS |= dict.fromkeys(
     "view _unsafe_view reshape permute transpose t expand slice select squeeze unsqueeze clone "
     "_to_copy alias detach unbind split split_with_sizes chunk roll flip index index_select gather "
-    "unfold as_strided im2col col2im pixel_shuffle pixel_unshuffle reflection_pad2d "
-    "replication_pad2d view_as_real view_as_complex _fft_r2c _fft_c2r _fft_c2c mean sum cumsum neg "
-    "amax relu leaky_relu avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d "
-    "_adaptive_avg_pool3d max_pool2d_with_indices max_pool3d_with_indices upsample_nearest2d "
-    "upsample_bilinear2d upsample_bicubic2d diagonal movedim lift_fresh".split(),
+    "unfold as_strided im2col col2im pixel_shuffle pixel_unshuffle reflection_pad1d "
+    "reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d "
+    "cudnn_grid_sampler upsample_nearest1d upsample_nearest3d upsample_linear1d "
+    "upsample_trilinear3d _unsafe_index view_as_real view_as_complex _fft_r2c _fft_c2r _fft_c2c "
+    "mean sum cumsum neg amax relu leaky_relu avg_pool1d avg_pool2d avg_pool3d "
+    "_adaptive_avg_pool2d _adaptive_avg_pool3d max_pool2d_with_indices max_pool3d_with_indices "
+    "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d diagonal movedim lift_fresh".split(),
     ITSELF,
 )
 NORMALISATION = ("batch_norm", "layer_norm", "group_norm", "rms_norm")

@@ -69,14 +69,13 @@ def open_classifier(
     depth: float = 1.0,
     which: CheckpointName = "best",
     data: Path | None = None,
-    device: str | None = None,
 ) -> Classifier:
     """Open the network of a run folder, or of a safetensors or ONNX file that `export` wrote.
 
     Args:
         depth: the fraction of blocks to run, for a file exported with --elastic.
         which: for a run: the checkpoint with the lowest validation error, or the newest one.
-        data, device: for a run: as for `reopen`.
+        data: for a run: where its data is now; where it was when not given.
 
     Raises:
         ExportError: when the file is missing, damaged, or not one that export wrote, or has no such
@@ -94,7 +93,7 @@ def open_classifier(
         return _open_onnx(path)
     if path.is_file():
         raise ExportError(f"{path}: give a run folder, or a .safetensors or .onnx file")
-    run, images = reopen(path, data, device)
+    run, images = reopen(path, data, device="cpu")  # where plain networks are
     plain = plain_network(run, images, which)
     return plain.model, plain.description
 

@@ -93,15 +93,20 @@ class Outcome:
 
 
 def distinct(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
-    """Each seed of a configuration on the same data once: the run that has come farthest."""
-    farthest: dict[tuple[Config, int, str], RecordedRun] = {}
+    """Each seed of a configuration on the same data once.
+
+    Of several runs, one that has not failed, that has come farthest, and that began last is taken.
+    """
+
+    def merits(run: RecordedRun) -> tuple[bool, int, str]:
+        return not run.failed, len(run.records), run.described["created"]
+
+    best: dict[tuple[Config, int, str], RecordedRun] = {}
     for run in runs:
         config = run.run.config
         key = config.without_seed(), config.seed, run.run.fingerprint
-        before = farthest.get(key)
-        if before is None or len(run.records) > len(before.records):
-            farthest[key] = run
-    return list(farthest.values())
+        best[key] = max(best.get(key, run), run, key=merits)
+    return list(best.values())
 
 
 CONSTANT = "constant depth"

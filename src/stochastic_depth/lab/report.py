@@ -1,7 +1,7 @@
 """What a report has: a section for each experiment, sweep and benchmark, from its sources."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,13 @@ from stochastic_depth.lab.charts import Figure
 from stochastic_depth.lab.ensemble_chart import ensemble_figure
 from stochastic_depth.lab.formatting import count_text
 from stochastic_depth.lab.gradients_chart import block_gradients, gradient_strength
-from stochastic_depth.lab.outcomes import Experiment, describe, describe_data, experiments
+from stochastic_depth.lab.outcomes import (
+    Experiment,
+    describe,
+    describe_data,
+    distinct,
+    experiments,
+)
 from stochastic_depth.lab.pruning_chart import pruned_blocks
 from stochastic_depth.lab.sources import RecordedRun, RecordedSweep, Sources
 from stochastic_depth.lab.sweep.charts import depth_sweep, gates_sweep, survival_sweep
@@ -60,9 +66,13 @@ def build_report(sources: Sources) -> Report:
     """Everything that `sources` can show. Figures in different sections have different ids."""
     trained = experiments(sources.runs)
     begun = [run for run in sources.runs if not run.records]
+    measured = [run for run in sources.runs if run.records]
+    kept = distinct(measured)
+    repeated = [run for run in measured if run not in kept]
     sections = [
         *map(_experiment, trained),
-        *([_begun_section(begun)] if begun else []),
+        *_not_drawn("Runs that have begun", "No record in the journal yet", begun),
+        *_not_drawn("Repeated runs", "Another run of the same seed is shown", repeated),
         *map(_sweep, sources.sweeps),
         *map(_benchmark, sources.benchmarks),
     ]
@@ -98,11 +108,12 @@ def _experiment(experiment: Experiment) -> Section:
     )
 
 
-def _begun_section(runs: list[RecordedRun]) -> Section:
-    shared, table = settings(runs)
-    paths = ", ".join(str(run.run.path) for run in runs)
-    said = f"No record in the journal yet: {paths}."
-    return Section("Runs that have begun", (), said, settings=tuple(shared), runs=table)
+def _not_drawn(title: str, why: str, runs: list[RecordedRun]) -> Iterator[Section]:
+    """A section that lists `runs`, if there are any."""
+    if runs:
+        shared, table = settings(runs)
+        paths = ", ".join(str(run.run.path) for run in runs)
+        yield Section(title, (), f"{why}: {paths}.", settings=tuple(shared), runs=table)
 
 
 def _of_each(experiment: Experiment, draw: Callable[..., Figure | None]) -> Iterable[Figure | None]:

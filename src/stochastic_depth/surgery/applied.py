@@ -48,8 +48,7 @@ def remove(model: nn.Module) -> None:
         Traceback (most recent call last):
         stochastic_depth.errors.ApplyError: CifarResNet has no stochastic depth: ...
     """
-    applied = applied_to(model)
-    (owner,) = (each for each in applied_inside(model).values() if applied_to(each) is applied)
+    applied, owner = applied_to(model), owner_of(model)
     for hook in applied.hooks:
         hook.remove()
     for setting in applied.changed_settings:
@@ -89,6 +88,21 @@ def applied_to(model: nn.Module) -> Applied:
             "model that it was called on"
         )
     return applied
+
+
+def owner_of(model: nn.Module) -> nn.Module:
+    """The model that `sd.apply` was called on: `model`, or the one whose attributes it forwards.
+
+    Raises:
+        ApplyError: when it is neither `model` nor inside it.
+    """
+    applied = applied_to(model)
+    for module in applied_inside(model).values():
+        if applied_to(module) is applied:
+            return module
+    raise ApplyError(
+        f"{type(model).__name__} only forwards to a model with stochastic depth: give that model"
+    )
 
 
 def applied_inside(model: nn.Module) -> dict[str, nn.Module]:

@@ -2,14 +2,16 @@
 
 import copy
 import numbers
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import FrozenInstanceError, dataclass
+from dataclasses import FrozenInstanceError, dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from stochastic_depth.errors import SurvivalError
 from stochastic_depth.surgery.blocks import FoundBlock
+from stochastic_depth.surgery.edits import DeferredEdit
 
 KINDS = ("droppath", "stochasticdepth", "layerdrop", "skiplayer")
 """Parts of the names, in lower case, of classes of modules that drop branches or layers."""
@@ -24,6 +26,9 @@ LAYER_RATES = (
 )
 """Names of attributes that hold a layerdrop rate, with which a loop over layers skips whole
 layers."""
+
+
+SHARED_DROP_PATH = "its drop path is called outside of the blocks too: give them one of their own"
 
 
 @dataclass(frozen=True)
@@ -60,25 +65,32 @@ class ChangedConfig:
         self.original, self.holders, self.rates = original, holders, rates
         self.copy = copy.copy(original)
         for rate in rates:
-            try:
-                setattr(self.copy, rate, 0.0)
-            except FrozenInstanceError:
-                object.__setattr__(self.copy, rate, 0.0)
+            _set(self.copy, rate, 0.0)
+        self.at_first = dict(getattr(self.copy, "__dict__", {}))
 
     def change(self) -> None:
         """Give the modules the changed copy."""
-        self.at_first = dict(getattr(self.copy, "__dict__", {}))
         for holder in self.holders:
             holder.config = self.copy
 
     def restore(self) -> None:
         """Give the modules the original; it gets what was set on the copy meanwhile."""
         for name, value in getattr(self.copy, "__dict__", {}).items():
-            if name not in self.rates and self.at_first.get(name, self) is not value:
-                setattr(self.original, name, value)
+            first = self.at_first.get(name, self)
+            # A pickle keeps the identity of objects, but not that of numbers.
+            same = value is first or (isinstance(value, int | float) and value == first)
+            if not same and name not in self.rates:
+                _set(self.original, name, value)
         for holder in self.holders:
             if getattr(holder, "config", None) is self.copy:
                 holder.config = self.original
+
+
+def _set(config: Any, name: str, value: object) -> None:
+    try:
+        setattr(config, name, value)
+    except FrozenInstanceError:
+        object.__setattr__(config, name, value)
 
 
 Changed = ChangedSetting | ChangedConfig
@@ -95,6 +107,32 @@ def disable_drop_paths(model: nn.Module, found: Sequence[FoundBlock]) -> list[Ch
     for each in changed:
         each.change()
     return changed
+
+
+def refuse_shared(model: nn.Module, found: Sequence[FoundBlock]) -> list[FoundBlock]:
+    """`found`, with a refusal where a drop path is also called outside of these blocks.
+
+    There it has to go on dropping, so it cannot be disabled.
+    """
+    elsewhere = _called_elsewhere(found)
+    return [
+        replace(block, refusal=block.refusal or SHARED_DROP_PATH)
+        if any(drop_path.module in elsewhere for drop_path in _inside(model, block))
+        else block
+        for block in found
+    ]
+
+
+def _called_elsewhere(found: Sequence[FoundBlock]) -> set[nn.Module]:
+    """The modules that deferred branches call, and other code too."""
+    in_all: dict[nn.Module, int] = {}
+    in_branches: Counter[nn.Module] = Counter()
+    for owner, edit in (edit for block in found for unit in block.units for edit in unit.edits):
+        for calls in edit.calls if isinstance(edit, DeferredEdit) else ():
+            module = owner.get_submodule(calls.module)
+            in_all[module] = calls.count
+            in_branches[module] += len(calls.indices)
+    return {module for module, count in in_all.items() if in_branches[module] < count}
 
 
 def own_rates(model: nn.Module, found: Sequence[FoundBlock]) -> list[float]:
@@ -146,7 +184,8 @@ def _around(model: nn.Module, found: Sequence[FoundBlock]) -> list[Changed]:
     for config in configs.values():
         rates = [each for each in LAYER_RATES if is_rate(getattr(config, each, None))]
         if rates:
-            sharing = [m for m in model.modules() if getattr(m, "config", None) is config]
+            # Modules that forward it, or have it as a property, follow these.
+            sharing = [m for m in model.modules() if vars(m).get("config") is config]
             changed.append(ChangedConfig(config, sharing, rates))
     return changed
 

@@ -167,19 +167,24 @@ class _ModuleState:
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.cls = module, type(module)
+        self.scripted = isinstance(module, torch.jit.ScriptModule)
         self.training = module.training
-        self.buffers = list(module._buffers.items())
-        self.parameters = list(module._parameters.items())
-        self.attributes = _attributes(module)
+        self.buffers = [] if self.scripted else list(module._buffers.items())
+        self.parameters = [] if self.scripted else list(module._parameters.items())
+        self.attributes = {} if self.scripted else _attributes(module)
         containers: dict[int, Any] = {}
         held = list(_leaves(list(self.attributes.values()), containers))
         self.contents = [
             (tensor, tensor.detach().clone())
-            for tensor in [*(tensor for _, tensor in [*self.buffers, *self.parameters]), *held]
+            for tensor in [
+                *(module.buffers(recurse=False) if self.scripted else ()),
+                *(tensor for _, tensor in [*self.buffers, *self.parameters]),
+                *held,
+            ]
             if isinstance(tensor, Tensor) and has_content(tensor)
         ]
         hooks = [vars(module)[name] for name in _HOOKS if isinstance(vars(module).get(name), dict)]
-        self.hooks = [(each, dict(each)) for each in hooks]
+        self.hooks = [] if self.scripted else [(each, dict(each)) for each in hooks]
         self.containers = [
             (value, dict(value) if isinstance(value, dict) else list(value))
             for value in containers.values()
@@ -187,7 +192,7 @@ class _ModuleState:
 
     def restore(self) -> None:
         self.module.training = self.training
-        if type(self.module) is self.cls:  # a lazy module changes its class
+        if not self.scripted and type(self.module) is self.cls:  # a lazy module changes its class
             attributes = vars(self.module)
             for name in _attributes(self.module).keys() - self.attributes.keys():
                 del attributes[name]

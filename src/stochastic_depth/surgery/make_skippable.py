@@ -17,7 +17,7 @@ from stochastic_depth.surgery.blocks import (
     unsupported,
     with_remedy,
 )
-from stochastic_depth.surgery.droppath import Changed, disable_drop_paths
+from stochastic_depth.surgery.droppath import Changed, disable_drop_paths, refuse_shared
 from stochastic_depth.surgery.example import Example, caller, on_meta
 from stochastic_depth.surgery.find.branch_parameters import NamedRoutes
 from stochastic_depth.surgery.find.find_blocks import Found
@@ -139,7 +139,7 @@ class _Attempts:
 
     def _attempt(self, kept: Sequence[FoundBlock]) -> Skippable:
         """Make the blocks `kept` skippable; if that fails, the model is as it was before."""
-        if refused := [block for block in kept if block.refusal]:
+        if refused := [block for block in refuse_shared(self.model, kept) if block.refusal]:
             first, *others = refused
             names = [block.name for block in others]
             raise unsupported(first.name, first.module, first.refusal, names)

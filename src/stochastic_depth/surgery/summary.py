@@ -14,7 +14,7 @@ from stochastic_depth.choices import Closed, GateKind
 from stochastic_depth.gates import CLOSED, OPEN
 from stochastic_depth.handle import Handle
 from stochastic_depth.plain_text import plain_table, si
-from stochastic_depth.surgery.applied import applied_to, handle_of
+from stochastic_depth.surgery.applied import applied_to, handle_of, owner_of
 from stochastic_depth.surgery.example import Example, caller, preserve_state, total
 from stochastic_depth.surgery.flops import CountFlops
 from stochastic_depth.surgery.gated_class import fingerprint
@@ -152,6 +152,7 @@ def summary(model: nn.Module, example: Example) -> Summary:
         expected depth 2 of 3 blocks; FLOPs 24.5 M forward, 48.1 M backward at full depth; ...
         ...
     """
+    model = owner_of(model)
     handle = handle_of(model)
     rule = handle.probabilities  # at the full drop rates, or in the last step
     survival = handle.survival if isinstance(rule, StepDependent) else rule.full

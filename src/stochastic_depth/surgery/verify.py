@@ -12,7 +12,7 @@ from torch import nn
 from stochastic_depth.errors import ApplyError
 from stochastic_depth.handle import Handle
 from stochastic_depth.plain_text import plain_table
-from stochastic_depth.surgery.applied import applied_to
+from stochastic_depth.surgery.applied import applied_to, owner_of
 from stochastic_depth.surgery.example import Example, caller, preserve_state
 from stochastic_depth.surgery.flops import CountFlops
 from stochastic_depth.surgery.proof.prove import prove
@@ -93,6 +93,7 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
         3 blocks verified in 4 sets, largest difference 0
         ...
     """
+    model = owner_of(model)
     applied = applied_to(model)
     refuse_sharded(model, "verify")
     refuse_nested(example)

@@ -23,7 +23,7 @@ from stochastic_depth.train.failures import (
     open_blocks,
 )
 from stochastic_depth.train.journal import Record, append_record, best_record, truncate_journal
-from stochastic_depth.train.run_folder import Run, remove_untrained_on_error
+from stochastic_depth.train.run_folder import Run, open_run, remove_untrained_on_error
 from stochastic_depth.train.runtime import Runtime
 from stochastic_depth.train.step import IntervalMetrics, evaluate_parts
 from stochastic_depth.train.train_state import TrainState
@@ -131,6 +131,12 @@ def _restore(run: Run, train_state: TrainState, callback: Callback) -> tuple[str
             callback.say(
                 f"begun with {run.runtime.threads} threads, going on with {threads}: sums are "
                 "rounded differently (set OMP_NUM_THREADS for bitwise identical results)"
+            )
+        began, now = on_primary(lambda: open_run(run.path)).runtime, run.runtime
+        if (began.device, began.engine) != (now.device, now.engine):
+            callback.say(
+                f"begun on {began.device} by {began.engine}, going on on {now.device} by "
+                f"{now.engine}: sums are rounded differently, and the journal's seconds are of both"
             )
         train_state.load_state_dict(state)
         with as_checkpoint_error(state["step"]):

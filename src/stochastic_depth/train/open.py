@@ -8,14 +8,14 @@ from torch import nn
 from stochastic_depth.choices import CheckpointName
 from stochastic_depth.data import Batches, Shard, batches
 from stochastic_depth.distributed.world import on_primary, rank, ranks
-from stochastic_depth.errors import CheckpointError, DataError
+from stochastic_depth.errors import CheckpointError, ConfigError, DataError
 from stochastic_depth.files import is_there
 from stochastic_depth.train.build import build_network, require_trainable
 from stochastic_depth.train.checkpoint import as_checkpoint_error
 from stochastic_depth.train.config import Config
 from stochastic_depth.train.journal import best_record
 from stochastic_depth.train.run_folder import Run, create_run, open_run, refuse_existing
-from stochastic_depth.train.runtime import Runtime, resolve_runtime
+from stochastic_depth.train.runtime import Runtime, resolve_runtime, usable_device
 from stochastic_depth.train.weights import read_weights, require_weights_of
 
 
@@ -57,6 +57,14 @@ def reopen(
             "(data_root, in Python), where it is now"
         )
     began = run.runtime
+    if device is None:
+        try:
+            usable_device(began.device)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error}. The run began there; it goes on by stochastic-depth train --resume "
+                f"{path} --device cpu"
+            ) from error
     several = ranks() > 1 and began.engine == "program"  # which trains in a single process only
     now = resolve_runtime(
         replace(

@@ -66,6 +66,20 @@ def resolve_runtime(config: Config) -> Runtime:
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = usable_device(device)
+    precision = config.precision
+    if precision == "auto":
+        precision = "bfloat16" if has_bfloat16(device) else "float32"
+    choice = choose_engine(config, device, precision)
+    return Runtime(device, precision, torch.get_num_threads(), *choice)
+
+
+def usable_device(device: str) -> str:
+    """`device`, by the name that checkpoints are loaded with.
+
+    Raises:
+        ConfigError: when there is no such device, or it cannot train.
+    """
     here = ", ".join(["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise ConfigError(f"device is {device!r}, which cannot train: choose from {here}")
@@ -75,13 +89,8 @@ def resolve_runtime(config: Config) -> Runtime:
         raise ConfigError(
             f"device is {device!r}, which cannot be used ({first_line(error)}): choose from {here}"
         ) from error
-    if torch.device(device).type == "cpu":
-        device = "cpu"  # PyTorch cannot load a checkpoint onto cpu:0
-    precision = config.precision
-    if precision == "auto":
-        precision = "bfloat16" if has_bfloat16(device) else "float32"
-    choice = choose_engine(config, device, precision)
-    return Runtime(device, precision, torch.get_num_threads(), *choice)
+    # PyTorch cannot load a checkpoint onto cpu:0.
+    return "cpu" if torch.device(device).type == "cpu" else device
 
 
 def has_bfloat16(device: str) -> bool:

@@ -165,6 +165,7 @@ def open_sweep(folder: Path, kind: SweepKind, grid: Grid, config: Config) -> Swe
     """
     sweep = Sweep(folder, kind, grid, config)
     described = folder / "sweep.json"
+    _require_own(folder)
     if not is_there(described):
         _require_trainable(sweep)
     wanted = {
@@ -220,14 +221,21 @@ def read_sweep(folder: Path) -> Sweep:
         raise RunError(f"{described} is not of a sweep: {error!r}") from error
 
 
-def _make(folder: Path) -> None:
+def _require_own(folder: Path) -> None:
+    """Raise a RunError if `folder` holds something that is not of a sweep."""
     try:
         strange = {p.name for p in folder.iterdir()} - OWN_FILES if folder.exists() else set()
-        strange = {name for name in strange if not name.startswith(UNFINISHED)}
-        if strange:
-            raise RunError(
-                f"{folder} is no sweep's folder, it holds {min(strange)}: choose another --out"
-            )
+    except OSError as error:
+        raise RunError(f"{folder} cannot be a sweep's folder: {reason(error)}") from error
+    strange = {name for name in strange if not name.startswith(UNFINISHED)}
+    if strange:
+        raise RunError(
+            f"{folder} is no sweep's folder, it holds {min(strange)}: choose another --out"
+        )
+
+
+def _make(folder: Path) -> None:
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("runs", "claims"):
             make_folder(folder / name)

@@ -134,6 +134,7 @@ def counted_calls(model: nn.Module) -> Iterator[CallCounts]:
     handles = [
         module.register_forward_pre_hook(count(name), with_kwargs=True)
         for name, module in model.named_modules()
+        if not isinstance(module, torch.jit.ScriptModule)
     ]
     try:
         yield calls

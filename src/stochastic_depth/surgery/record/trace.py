@@ -271,6 +271,8 @@ def recorded(
     """
     with ExitStack() as entered:
         for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+                continue
             for handle in _hooks(name, module, recording):
                 entered.callback(handle.remove)
         entered.enter_context(torch.set_grad_enabled(gradients))
@@ -282,8 +284,9 @@ def recorded(
 def _held_by(model: nn.Module) -> Iterator[Tensor]:
     """The tensors that the modules of `model` hold as parameters, buffers and attributes."""
     for module in model.modules():
-        yield from tensors_in([module._parameters, module._buffers])
-        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+        if not isinstance(module, torch.jit.ScriptModule):
+            yield from tensors_in([module._parameters, module._buffers])
+            yield from (value for value in vars(module).values() if isinstance(value, Tensor))
 
 
 def _viewed(tensor: Tensor) -> Tensor:
