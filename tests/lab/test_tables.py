@@ -148,7 +148,7 @@ def test_schedules_are_named_by_the_settings_that_they_use(experiment):
 
     def scheduled(**settings):
         survival = replace(stochastic.run.config.survival, schedule=ScheduleConfig(**settings))
-        config = replace(stochastic.run.config, survival=survival)
+        config = replace(stochastic.run.config, survival=survival, seed=7)
         return replace(stochastic, run=replace(stochastic.run, config=config, id=str(settings)))
 
     runs = [
@@ -156,7 +156,7 @@ def test_schedules_are_named_by_the_settings_that_they_use(experiment):
         stochastic,
         scheduled(kind="early", until=0.3),
         scheduled(kind="steps", at=(0, 0.5), shares=(0.5, 1)),
-        scheduled(kind="none"),  # trained as `stochastic`
+        scheduled(kind="none"),  # another seed of `stochastic`
     ]
     (named,) = experiments(runs)
     assert {series.name for series in named.series} == {

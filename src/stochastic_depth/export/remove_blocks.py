@@ -17,10 +17,9 @@ class ShortcutOnly(nn.Module):
         super().__init__()
         self.shortcut = unit.shortcut
         self.activation = unit.activation
-        self.overwrites = works_in_place(unit.activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.overwrites:
+        if works_in_place(self.activation):
             x = x.clone()  # the activation works in place, and x belongs to the caller
         out = x if self.shortcut is None else self.shortcut(x)
         return out if self.activation is None else self.activation(out)
