@@ -81,13 +81,32 @@ class InTheHead(nn.Module):
 
 def test_a_drop_path_that_other_code_calls_too_cannot_be_disabled():
     model = InTheHead()
-    assert not any(block.refusal == "" for block in sd.plan(model.eval(), X).blocks)
-    with pytest.raises(sd.errors.UnsupportedBlockError, match="called outside of the blocks too"):
+    assert "also called where nothing is skipped" in str(sd.plan(model, X))
+    with pytest.raises(sd.errors.UnsupportedBlockError, match="drop path 'drop' is also called wh"):
         sd.apply(model, example=X)
     assert model.drop.drop_prob == 0.2
     listed = Listed([DropPath(0.2)] * 3)
-    with pytest.raises(sd.errors.UnsupportedBlockError, match="called outside of the blocks too"):
+    with pytest.raises(sd.errors.UnsupportedBlockError, match=r"path 'drops\.0' is also called"):
         sd.apply(listed, example=X, exclude="first.0")
+
+
+class Adds(nn.Module):
+    def __init__(self, drop: DropPath) -> None:
+        super().__init__()
+        self.f, self.drop = nn.Linear(WIDTH, WIDTH), drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.f(x).tanh())
+
+
+def test_nor_can_one_that_rewritten_blocks_share_with_their_model():
+    drop = DropPath(0.2)
+    model = nn.Sequential(Adds(drop), Adds(drop), drop)
+    with pytest.raises(sd.errors.UnsupportedBlockError, match="is also called where nothing is"):
+        sd.apply(model, example=X)
+    assert drop.drop_prob == 0.2
+    sd.apply(model[:2], example=X)
+    assert drop.drop_prob == 0.0
 
 
 class Forwards(nn.Module):

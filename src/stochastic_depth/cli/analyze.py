@@ -54,9 +54,10 @@ class Question:
         kept = distinct(runs)
         for run in runs:
             if run not in kept:
+                (same,) = (each for each in kept if len(distinct([each, run])) == 1)
                 raise ConfigError(
-                    f"{run.run.path} has the configuration, the data and the seed of another RUN: "
-                    "name one of them"
+                    f"{same.run.path} and {run.run.path} have the same configuration, data and "
+                    "seed: name one of them"
                 )
         return experiments(runs)
 

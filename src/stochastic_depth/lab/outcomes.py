@@ -311,7 +311,7 @@ def experiments(runs: Sequence[RecordedRun]) -> list[Experiment]:
 
     The runs of a group have the same data, and a seed counts once.
     """
-    measured = [run for run in distinct(runs) if run.records]
+    measured = distinct([run for run in runs if run.records])
     alike: dict[tuple[Config, str], list[RecordedRun]] = {}
     for run in measured:
         setting = replace(run.run.config.without_seed(), survival=SurvivalConfig(rule="constant"))

@@ -2,16 +2,14 @@
 
 import copy
 import numbers
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import FrozenInstanceError, dataclass, replace
+from dataclasses import FrozenInstanceError, dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from stochastic_depth.errors import SurvivalError
 from stochastic_depth.surgery.blocks import FoundBlock
-from stochastic_depth.surgery.edits import DeferredEdit
 
 KINDS = ("droppath", "stochasticdepth", "layerdrop", "skiplayer")
 """Parts of the names, in lower case, of classes of modules that drop branches or layers."""
@@ -28,7 +26,10 @@ LAYER_RATES = (
 layers."""
 
 
-SHARED_DROP_PATH = "its drop path is called outside of the blocks too: give them one of their own"
+ELSEWHERE = (
+    "its drop path {!r} is also called where nothing is skipped, and must go on dropping there: "
+    "give that place a drop path of its own, or set the rate of this one to 0"
+)
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,14 @@ class ChangedConfig:
     It may be shared with other models, so this model gets a changed copy.
 
     Args:
-        holders: the modules of this model that share the configuration.
+        holders: the modules of this model that share the configuration, each with the name of its
+            attribute.
         rates: the names of the rates.
     """
 
-    def __init__(self, original: Any, holders: Sequence[Any], rates: Sequence[str]) -> None:
+    def __init__(
+        self, original: Any, holders: Sequence[tuple[nn.Module, str]], rates: Sequence[str]
+    ) -> None:
         self.original, self.holders, self.rates = original, holders, rates
         self.copy = copy.copy(original)
         for rate in rates:
@@ -70,8 +74,8 @@ class ChangedConfig:
 
     def change(self) -> None:
         """Give the modules the changed copy."""
-        for holder in self.holders:
-            holder.config = self.copy
+        for holder, attribute in self.holders:
+            setattr(holder, attribute, self.copy)
 
     def restore(self) -> None:
         """Give the modules the original; it gets what was set on the copy meanwhile."""
@@ -81,9 +85,9 @@ class ChangedConfig:
             same = value is first or (isinstance(value, int | float) and value == first)
             if not same and name not in self.rates:
                 _set(self.original, name, value)
-        for holder in self.holders:
-            if getattr(holder, "config", None) is self.copy:
-                holder.config = self.original
+        for holder, attribute in self.holders:
+            if getattr(holder, attribute, None) is self.copy:
+                setattr(holder, attribute, self.original)
 
 
 def _set(config: Any, name: str, value: object) -> None:
@@ -109,30 +113,18 @@ def disable_drop_paths(model: nn.Module, found: Sequence[FoundBlock]) -> list[Ch
     return changed
 
 
-def refuse_shared(model: nn.Module, found: Sequence[FoundBlock]) -> list[FoundBlock]:
-    """`found`, with a refusal where a drop path is also called outside of these blocks.
+def drop_paths_of(model: nn.Module, found: Sequence[FoundBlock]) -> dict[nn.Module, FoundBlock]:
+    """The drop paths of the blocks whose rate is above 0, each with a block that has it.
 
-    There it has to go on dropping, so it cannot be disabled.
+    Without those whose own code adds: they are called while their block is closed, too.
     """
-    elsewhere = _called_elsewhere(found)
-    return [
-        replace(block, refusal=block.refusal or SHARED_DROP_PATH)
-        if any(drop_path.module in elsewhere for drop_path in _inside(model, block))
-        else block
+    adding = {module for block in found for unit in block.units for module, _ in unit.edits}
+    return {
+        drop_path.module: block
         for block in found
-    ]
-
-
-def _called_elsewhere(found: Sequence[FoundBlock]) -> set[nn.Module]:
-    """The modules that deferred branches call, and other code too."""
-    in_all: dict[nn.Module, int] = {}
-    in_branches: Counter[nn.Module] = Counter()
-    for owner, edit in (edit for block in found for unit in block.units for edit in unit.edits):
-        for calls in edit.calls if isinstance(edit, DeferredEdit) else ():
-            module = owner.get_submodule(calls.module)
-            in_all[module] = calls.count
-            in_branches[module] += len(calls.indices)
-    return {module for module, count in in_all.items() if in_branches[module] < count}
+        for drop_path in _inside(model, block)
+        if adding.isdisjoint(drop_path.module.modules())
+    }
 
 
 def own_rates(model: nn.Module, found: Sequence[FoundBlock]) -> list[float]:
@@ -184,8 +176,11 @@ def _around(model: nn.Module, found: Sequence[FoundBlock]) -> list[Changed]:
     for config in configs.values():
         rates = [each for each in LAYER_RATES if is_rate(getattr(config, each, None))]
         if rates:
-            # Modules that forward it, or have it as a property, follow these.
-            sharing = [m for m in model.modules() if vars(m).get("config") is config]
+            # Modules that forward it, or have a property that does, follow these.
+            sharing = [
+                (m, name) for m in model.modules() for name, v in vars(m).items() if v is config
+            ]
+            sharing += [(m, "config") for m in around if getattr(type(m), "config", None) is config]
             changed.append(ChangedConfig(config, sharing, rates))
     return changed
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Container, Sequence, Set
+from collections.abc import Callable, Container, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -17,7 +17,7 @@ from stochastic_depth.surgery.blocks import (
     unsupported,
     with_remedy,
 )
-from stochastic_depth.surgery.droppath import Changed, disable_drop_paths, refuse_shared
+from stochastic_depth.surgery.droppath import Changed, disable_drop_paths, drop_paths_of
 from stochastic_depth.surgery.example import Example, caller, on_meta
 from stochastic_depth.surgery.find.branch_parameters import NamedRoutes
 from stochastic_depth.surgery.find.find_blocks import Found
@@ -139,22 +139,25 @@ class _Attempts:
 
     def _attempt(self, kept: Sequence[FoundBlock]) -> Skippable:
         """Make the blocks `kept` skippable; if that fails, the model is as it was before."""
-        if refused := [block for block in refuse_shared(self.model, kept) if block.refusal]:
+        if refused := [block for block in kept if block.refusal]:
             first, *others = refused
             names = [block.name for block in others]
             raise unsupported(first.name, first.module, first.refusal, names)
         whole = len(kept) == len(self.candidates.found.blocks)
         # Without some blocks it is tried for the sake of the advice, which needs no p_l.
         probabilities = self.survival_of(kept) if whole else Scheduled((1.0,) * len(kept))
+        drop_paths = drop_paths_of(self.model, kept)
         changed = disable_drop_paths(self.model, kept)
         try:
-            proved = self._put_and_prove(kept)
+            proved = self._put_and_prove(kept, drop_paths)
         except BaseException:
             _undo(self.model, changed)
             raise
         return Skippable(kept, probabilities, changed, proved, self.candidates.found.routes)
 
-    def _put_and_prove(self, kept: Sequence[FoundBlock]) -> Proved:
+    def _put_and_prove(
+        self, kept: Sequence[FoundBlock], drop_paths: Mapping[nn.Module, FoundBlock]
+    ) -> Proved:
         """Give every block its gates, and prove the blocks that are not `Residual` units."""
         model, example, select = self.model, self.example, self.gate == "subset"
         if example is None or not any(block.units for block in kept):
@@ -176,6 +179,7 @@ class _Attempts:
                 put_gates=put,
                 forward=model,
                 deadline=self.deadline,
+                drop_paths=drop_paths,
             )
         # There are no values to compare; sd.verify does it later.
         half = next(halves(example, batch_size(example))) if select else example

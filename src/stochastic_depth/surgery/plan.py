@@ -11,7 +11,6 @@ from stochastic_depth.gate_settings import require_choice
 from stochastic_depth.plain_text import plain_table, si
 from stochastic_depth.surgery.apply import asked_survival, survival_of_blocks
 from stochastic_depth.surgery.blocks import FoundBlock, Mechanism
-from stochastic_depth.surgery.droppath import refuse_shared
 from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.find.find_blocks import Found, find_blocks
 from stochastic_depth.surgery.install import put_gates, take_gates
@@ -157,7 +156,6 @@ def plan(
 
 def _tried(model: nn.Module, example: Example, found: Sequence[FoundBlock]) -> list[FoundBlock]:
     """`found`, with the reason for each block that cannot be closed without any other effect."""
-    found = refuse_shared(model, found)
     accepted = [block for block in found if not block.refusal]
     try:
         blocks = put_gates(model, accepted, select=False)

@@ -152,7 +152,6 @@ def summary(model: nn.Module, example: Example) -> Summary:
         expected depth 2 of 3 blocks; FLOPs 24.5 M forward, 48.1 M backward at full depth; ...
         ...
     """
-    model = owner_of(model)
     handle = handle_of(model)
     rule = handle.probabilities  # at the full drop rates, or in the last step
     survival = handle.survival if isinstance(rule, StepDependent) else rule.full
@@ -160,7 +159,7 @@ def summary(model: nn.Module, example: Example) -> Summary:
     found = applied_to(model).found
     training = any(block.training_only for block in found)
     # Calling only the forward method runs no hooks, which would draw gates in training mode.
-    run = caller(model.forward if training else model, example)
+    run = caller(owner_of(model).forward if training else model, example)
     with preserve_state(model), torch.enable_grad(), opened:
         model.train(training)
         inputs = _inputs(model, handle.blocks, run)

@@ -115,6 +115,7 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
         put_gates=lambda half: blocks,
         forward=forward,
         deadline=math.inf,
+        drop_paths={},
     )
     every_other = [n % 2 == 0 and len(blocks) > 1 for n in range(len(blocks))]
     patterns = {"all": [True] * len(blocks), "half": every_other, "none": [False] * len(blocks)}

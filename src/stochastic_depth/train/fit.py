@@ -135,8 +135,8 @@ def _restore(run: Run, train_state: TrainState, callback: Callback) -> tuple[str
         began, now = on_primary(lambda: open_run(run.path)).runtime, run.runtime
         if (began.device, began.engine) != (now.device, now.engine):
             callback.say(
-                f"begun on {began.device} by {began.engine}, going on on {now.device} by "
-                f"{now.engine}: sums are rounded differently, and the journal's seconds are of both"
+                f"begun on {began.device} by {began.engine}, resumed on {now.device} by "
+                f"{now.engine}: sums are rounded differently, and times of this run are of both"
             )
         train_state.load_state_dict(state)
         with as_checkpoint_error(state["step"]):

@@ -62,8 +62,8 @@ def reopen(
             usable_device(began.device)
         except ConfigError as error:
             raise ConfigError(
-                f"{error}. The run began there; it goes on by stochastic-depth train --resume "
-                f"{path} --device cpu"
+                f"{error}. {path} began on {began.device}: add --device cpu to compute elsewhere, "
+                f"or resume it by stochastic-depth train --resume {path} --device cpu"
             ) from error
     several = ranks() > 1 and began.engine == "program"  # which trains in a single process only
     now = resolve_runtime(

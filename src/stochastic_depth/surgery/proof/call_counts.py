@@ -14,6 +14,7 @@ from stochastic_depth.errors import AdditionNotReachedError
 from stochastic_depth.gates import CLOSED, OPEN
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.deferred.placeholder import Reason, why_computed
+from stochastic_depth.surgery.droppath import ELSEWHERE, drop_paths_of
 from stochastic_depth.surgery.edits import BRANCH_NOT_SEEN
 from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.surgery.install import ungated
@@ -61,10 +62,17 @@ def _still_running(
         try:
             with force(blocks, CLOSED), counted_calls(model) as called:
                 run()
-            return [still_called(block, usual, called) for block in found]
+            reasons = [still_called(block, usual, called) for block in found]
         except Exception:  # close them one at a time, to see which one fails
             pairs = zip(found, blocks, strict=True)
             return [_running_alone(model, run, usual, each, block) for each, block in pairs]
+        names = {module: name for name, module in model.named_modules()}
+        shared = {
+            block.name: ELSEWHERE.format(names[drop_path])
+            for drop_path, block in drop_paths_of(model, found).items()
+            if called.number[names[drop_path]]
+        }
+        return [why or shared.get(each.name, "") for why, each in zip(reasons, found, strict=True)]
 
 
 def _running_alone(

@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +38,8 @@ class Gated:
     training mode it leaves out the hooks that draw gates."""
     other: Callable[..., Any]
     """As `run`, on other inputs than the example if the model can run on them."""
+    drop_paths: Mapping[nn.Module, FoundBlock]
+    """The drop paths that were disabled, each with a block that has it."""
     deadline: float
     """A time of `time.monotonic()`, after which no further set of blocks is closed."""
 

@@ -1,6 +1,6 @@
 """The proof of `sd.apply` and `sd.verify`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,7 @@ def prove(
     put_gates: Callable[[Example], Sequence[Block]],
     forward: Callable[..., Any],
     deadline: float,
+    drop_paths: Mapping[nn.Module, FoundBlock],
 ) -> Proved:
     """Compare a model with gates with its original; `docs/design/architecture.md` lists the checks.
 
@@ -52,6 +53,7 @@ def prove(
             argument is `example` with half of the samples; all of them with gate="batch".
         forward: calls `model` without the hooks that draw gates in training mode.
         deadline: a time of `time.monotonic()`, after which no further set of blocks is closed.
+        drop_paths: those that were disabled, each with a block that has it.
 
     Raises:
         UnsupportedBlockError: when a block does not do what it should.
@@ -72,7 +74,7 @@ def prove(
             untouched = untouched_outputs(model, run)
         other = run if others is example else caller(call, others)
         blocks = put_gates(half)
-        gated = Gated(model, found, blocks, gate, scale, batch, run, other, deadline)
+        gated = Gated(model, found, blocks, gate, scale, batch, run, other, drop_paths, deadline)
         sets, difference = check_evaluation(gated, untouched)
         resets = check_training(gated)
     return Proved(blocks, sets, difference, resets)

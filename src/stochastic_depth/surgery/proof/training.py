@@ -18,6 +18,7 @@ from stochastic_depth.errors import (
 from stochastic_depth.gates import CLOSED, OPEN
 from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
+from stochastic_depth.surgery.droppath import ELSEWHERE
 from stochastic_depth.surgery.example import preserve_state, total
 from stochastic_depth.surgery.proof.call_counts import CallCounts, counted_calls, refuse_running
 from stochastic_depth.surgery.proof.comparison import Comparison, smallest, trials
@@ -102,6 +103,17 @@ def _closed_runs_nothing(gated: Gated, usual: CallCounts) -> None:
         with gated.with_gate(CLOSED, gated.everything):
             called = _counted(gated, 0)
         refuse_running(gated.found, usual, called, "in training mode ")
+        _refuse_drop_paths(gated, called)
+
+
+def _refuse_drop_paths(gated: Gated, called: CallCounts) -> None:
+    """Refuse a disabled drop path that is called with every block closed, as `called` counts."""
+    for name, module in gated.model.named_modules():
+        if module in gated.drop_paths and called.number[name]:
+            block = gated.drop_paths[module]
+            error = unsupported(block.name, block.module, ELSEWHERE.format(name))
+            error.of_model = True  # it is the same by every mechanism
+            raise error
 
 
 def _compare(gated: Gated) -> None:
