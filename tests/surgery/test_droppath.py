@@ -109,29 +109,6 @@ def test_nor_can_one_that_rewritten_blocks_share_with_their_model():
     assert drop.drop_prob == 0.0
 
 
-class Forwards(nn.Module):
-    """Has the configuration of the model inside it as an attribute that cannot be set."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    @property
-    def config(self) -> object:
-        return self.model.config
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
-
-
-def test_a_configuration_is_changed_where_it_is_held():
-    model = Forwards(Configured(SimpleNamespace(layerdrop=0.5)))
-    sd.apply(model, example=X)
-    assert model.config.layerdrop == 0.0
-    sd.remove(model)
-    assert model.config.layerdrop == 0.5
-
-
 def test_own_says_what_to_do_about_a_drop_path_that_is_a_function():
     model = nn.Sequential(DropsByItself(), DropsByItself())
     with pytest.raises(sd.errors.SurvivalError, match=r"set its rates to 0 .*survival=\[1 - rate"):
@@ -163,6 +140,56 @@ class Configured(nn.Module):
             if not self.training or torch.rand(()) >= self.config.layerdrop:
                 x = x + layer(x).tanh()
         return x
+
+
+class Forwards(nn.Module):
+    """Has the configuration of the model inside it as an attribute that cannot be set."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def config(self) -> object:
+        return self.model.config
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+class OfTheClass(Configured):
+    """Has the configuration as an attribute of its class."""
+
+    config = SimpleNamespace(layerdrop=0.5)
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        del self.config
+
+
+class Internal(Configured):
+    """Has the configuration under another name, and a property that gives it."""
+
+    config = property(
+        lambda self: self.internal, lambda self, value: setattr(self, "internal", value)
+    )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Forwards(Configured(SimpleNamespace(layerdrop=0.5))),
+        OfTheClass,
+        lambda: Internal(SimpleNamespace(layerdrop=0.5)),
+    ],
+    ids=["forwarded", "of the class", "a property"],
+)
+def test_a_configuration_is_changed_where_it_is_held(make):
+    model = make()
+    sd.apply(model, example=X)
+    assert model.config.layerdrop == 0.0
+    sd.remove(model)
+    assert model.config.layerdrop == 0.5
 
 
 @pytest.mark.parametrize("config", [SimpleNamespace(layerdrop=0.5), Slotted(), Frozen()])

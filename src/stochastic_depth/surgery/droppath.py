@@ -25,11 +25,11 @@ LAYER_RATES = (
 """Names of attributes that hold a layerdrop rate, with which a loop over layers skips whole
 layers."""
 
-
 ELSEWHERE = (
     "its drop path {!r} is also called where nothing is skipped, and must go on dropping there: "
     "give that place a drop path of its own, or set the rate of this one to 0"
 )
+"""The refusal of a block whose drop path other code calls too, to be given the drop path's name."""
 
 
 @dataclass(frozen=True)
