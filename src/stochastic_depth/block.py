@@ -1,6 +1,6 @@
 """One residual block of a model with stochastic depth: its gates and its branch's parameters."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, repeat
@@ -11,7 +11,7 @@ from torch import nn
 from stochastic_depth.gates import BlockGates, Gate
 
 
-class Owned(NamedTuple):
+class OwnedParameters(NamedTuple):
     """A parameter or child of a module that belongs to a branch.
 
     It is identified by its owner and its name there, because wrapping a model changes names.
@@ -57,7 +57,7 @@ class Routes:
 
     blocks: tuple[Route, ...] = ()
     """Those to the sum of each block; empty if all are direct."""
-    parameters: tuple[tuple[Route, tuple[Owned, ...]], ...] = ()
+    parameters: tuple[tuple[Route, tuple[OwnedParameters, ...]], ...] = ()
     """Those to parameters that several branches use, or that belong to a block to which no route is
     direct."""
 
@@ -94,9 +94,9 @@ class Block:
     gate_readers: tuple[nn.Module, ...]
     """The modules that read its gates. While one is in training mode, it reads the training
     gates."""
-    owned: tuple[Owned, ...]
+    owned: tuple[OwnedParameters, ...]
     """The parameters of its branch."""
-    around: nn.Module
+    observed_module: nn.Module
     """The module itself if its additions are made inside of it, or else the module that adds."""
     _state: "_BranchState | None" = field(default=None, repr=False)
     """The modules and parameters of the branch, cached because collecting them is slow."""
@@ -130,7 +130,7 @@ class Block:
 class _BranchState:
     """The modules and parameters of a branch at the time when they were collected."""
 
-    def __init__(self, owned: Sequence[Owned]) -> None:
+    def __init__(self, owned: Sequence[OwnedParameters]) -> None:
         names = [(each.owner._modules, each.name) for each in owned]
         names += [(each.owner._modules, "parametrizations") for each in owned]
         names = [(modules, name) for modules, name in names if name in modules]
@@ -155,33 +155,36 @@ class _BranchState:
         return self._numbers == list(map(id, chain.from_iterable(self._views)))
 
 
-def owned_parameters(
-    model: nn.Module, names: Iterable[str], there: Mapping[str, int]
-) -> tuple[Owned, ...]:
-    """The parameters of `model` with these names, by owner.
+class ParameterOwners:
+    """The modules of a model that have its parameters."""
 
-    Where possible the result has a whole module in place of its parameters: as few and as large
-    modules as possible, all of whose parameters are among the names.
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        # A parameter that several modules share has several names, and each of them counts.
+        names = (name for name, _ in model.named_parameters(remove_duplicate=False))
+        self._count = _count_inside(names)
 
-    Args:
-        there: the result of `count_inside` for all names of all parameters of the model; one that
-            several modules share has several.
-    """
-    names = list(dict.fromkeys(names))
-    wanted = count_inside(names)
-    result: dict[Owned, None] = {}
-    for name in names:
-        path = name.split(".")
-        for length in range(1, len(path) + 1):
-            inside = ".".join(path[:length])
-            if length == len(path) or wanted[inside] == there.get(inside):
-                owner = model.get_submodule(".".join(path[: length - 1]))
-                result[Owned(owner, path[length - 1])] = None
-                break
-    return tuple(result)
+    def of(self, names: Iterable[str]) -> tuple[OwnedParameters, ...]:
+        """The parameters of the model with these names, by owner.
+
+        Where possible the result has a whole module in place of its parameters: as few and as large
+        modules as possible, all of whose parameters are among the names.
+        """
+        names = list(dict.fromkeys(names))
+        wanted = _count_inside(names)
+        result: dict[OwnedParameters, None] = {}
+        for name in names:
+            path = name.split(".")
+            for length in range(1, len(path) + 1):
+                inside = ".".join(path[:length])
+                if length == len(path) or wanted[inside] == self._count.get(inside):
+                    owner = self._model.get_submodule(".".join(path[: length - 1]))
+                    result[OwnedParameters(owner, path[length - 1])] = None
+                    break
+        return tuple(result)
 
 
-def count_inside(names: Iterable[str]) -> dict[str, int]:
+def _count_inside(names: Iterable[str]) -> dict[str, int]:
     """How many of `names` are inside each module, by name of the module."""
     count: dict[str, int] = {}
     for name in names:

@@ -5,12 +5,12 @@ Under skipped="paper" they are zeros, under "freeze" None. When they are given d
 - Where the output of a closed block is in the graph: when a gradient reaches it (`hook_output`).
 - Where it is not, as in a checkpoint that runs the block without a graph: when the backward pass
   reaches anything else of the pass (`give_pending`).
-- Where DistributedDataParallel waits for every parameter, those of a closed block are attached to
-  the output of their block, so that autograd reaches them when it would reach an open branch
-  (`attach`). Under "freeze" they are None again at the end of the backward pass, unless autograd
-  has reached them on another way (`_Reached`).
-- Where no open branch and nothing else is trained, they are attached to the output of the model, so
-  that the step has a graph (`attached`).
+- Where DistributedDataParallel waits for every parameter, the output of a closed block is connected
+  to its parameters, so that autograd reaches them when it would reach an open branch
+  (`connect_to_graph`). Under "freeze" they are None again at the end of the backward pass, unless
+  autograd has reached them on another way (`_Reached`).
+- Where no open branch and nothing else is trained, the output of the model is connected to them, so
+  that the step has a graph (`with_closed_parameters`).
 
 Parameters that several branches use are closed only where no open branch leads to them (`Routes`).
 """
@@ -47,7 +47,7 @@ class ClosedGradients:
         blocks: all blocks of the model.
         learns: for each block, whether gradients pass through its branch; otherwise it is closed.
         skipped: the gradients that the parameters of closed blocks get.
-        awaited: whether DistributedDataParallel waits for a gradient of every parameter.
+        in_ddp: whether DistributedDataParallel waits for a gradient of every parameter.
         routes: how gradients come to the blocks and their parameters.
     """
 
@@ -56,12 +56,12 @@ class ClosedGradients:
         blocks: Sequence[Block],
         learns: Sequence[bool],
         skipped: SkippedPolicy,
-        awaited: bool,
+        in_ddp: bool,
         routes: Routes,
     ) -> None:
         self._all_blocks, self._learns, self._routes = blocks, learns, routes
         self._blocks = [b for b, learning in zip(blocks, learns, strict=True) if not learning]
-        self._awaited = awaited
+        self._in_ddp = in_ddp
         self._freezes = skipped == "freeze"
         self._thread = get_ident()
         self._observed: list[_ObservedCall] = []
@@ -79,13 +79,13 @@ class ClosedGradients:
         """The autograd node of the last closed block's output, and the number of the node's
         result."""
         self._last_parameters: list[nn.Parameter] = []
-        if awaited or not self._freezes:
-            waiting = awaited and bool(self._blocks)
+        if in_ddp or not self._freezes:
+            waiting = in_ddp and bool(self._blocks)
             reached = set(routes.divide(learns)[0]) if waiting else set[nn.Parameter]()
             for block in self._blocks:  # collected now: FSDP replaces parameters while gathered
                 parameters = [p for p in block.trained() if p not in reached]
                 if parameters:
-                    self._pending.setdefault(block.around, []).extend(parameters)
+                    self._pending.setdefault(block.observed_module, []).extend(parameters)
                     self._sparse.update(block.sparse_weights())
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 self._observe()
@@ -119,8 +119,8 @@ class ClosedGradients:
         if not is_whole:
             may = bool(tensors) or torch.is_grad_enabled() or module in self._in_functions
             self._with_gradient[module] = may or self._with_gradient.get(module, False)
-        if is_whole and self._awaited:
-            output = attach(output, parameters)
+        if is_whole and self._in_ddp:
+            output = connect_to_graph(output, parameters)
             tensors = in_graph(output)
             is_whole = bool(tensors)  # not where a checkpoint runs the block without a graph
         for tensor in tensors:
@@ -145,22 +145,25 @@ class ClosedGradients:
             observed.end()
         self._observed.clear()
         self._last_node, self._last_parameters = None, []
-        if self._awaited and self._blocks:  # such a function passes a gradient on to its inputs
+        if self._in_ddp and self._blocks:  # such a function passes a gradient on to its inputs
             blocks = zip(self._all_blocks, self._learns, strict=True)
-            passes = [learns or b.around in self._in_functions for b, learns in blocks]
+            passes = [learns or b.observed_module in self._in_functions for b, learns in blocks]
             self._unreached = self._routes.divide(passes)[1]
 
-    def attached(self, output: Any) -> Any:
-        """`output`, with closed branches attached to its graph if DDP or autograd needs them."""
+    def with_closed_parameters(self, output: Any) -> Any:
+        """`output`, whose graph also reaches the parameters of closed blocks.
+
+        It is `output` itself where neither DDP nor autograd needs that.
+        """
         if is_transformed():  # then gradients are returned, and not kept by parameters
             return output
-        if self._awaited:
+        if self._in_ddp:
             parameters = self._still_pending()
         elif any(tensor.grad_fn is not None for tensor in tensors_in(output)):
             return output
         else:
             parameters = [p for block in self._blocks for p in block.trained()]
-        return attach(output, parameters)
+        return connect_to_graph(output, parameters)
 
     def give_pending(self) -> None:
         """Give gradients to the parameters of blocks whose output was not found in the graph."""
@@ -230,12 +233,12 @@ class _ObservedCall:
             now.before, now.call = self.before, self.call
 
 
-def attach(output: Any, parameters: Sequence[nn.Parameter]) -> Any:
+def connect_to_graph(output: Any, parameters: Sequence[nn.Parameter]) -> Any:
     """`output`, with a graph in which autograd reaches each of `parameters`, without a gradient.
 
     `DistributedDataParallel`, and therefore `replicate`, ends a backward pass when autograd has
-    reached every parameter. It never reaches those of a branch that did not run. Here they are
-    attached to the output of their block, so that autograd reaches them when it would reach an open
+    reached every parameter. It never reaches those of a branch that did not run. Here the output of
+    their block is connected to them, so that autograd reaches them when it would reach an open
     branch. That matters because DDP sends gradients in the order of its first backward pass.
     Returns `output` itself if no tensor in it can have a gradient.
     """
@@ -243,8 +246,8 @@ def attach(output: Any, parameters: Sequence[nn.Parameter]) -> Any:
     tensors = in_graph(tensors) or tensors
     if not tensors or not parameters:
         return output
-    attached = _Attach.apply(len(tensors), *tensors, *reversed(parameters))
-    new = {id(old): tensor for old, tensor in zip(tensors, attached, strict=True)}
+    connected = _ConnectToGraph.apply(len(tensors), *tensors, *reversed(parameters))
+    new = {id(old): tensor for old, tensor in zip(tensors, connected, strict=True)}
     return replace_tensors(output, lambda tensor: new.get(id(tensor), tensor))
 
 
@@ -262,7 +265,7 @@ def _is_in_function() -> bool:
     return function_around(sys._getframe(), checkpoints=True) is not None
 
 
-class _Attach(torch.autograd.Function):
+class _ConnectToGraph(torch.autograd.Function):
     """The identity of the first `count` tensors."""
 
     @staticmethod
@@ -278,7 +281,7 @@ class _Attach(torch.autograd.Function):
 
 
 class _Reached:
-    """Whether the running backward pass gives a parameter a gradient, except by `_Attach`."""
+    """Whether this backward pass gives a parameter a gradient, except by `_ConnectToGraph`."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter, self.reached = parameter, False

@@ -7,27 +7,6 @@ class StochasticDepthError(Exception):
     """The root of the tree: `except sd.errors.StochasticDepthError` catches all of them."""
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of the message of any error, for a sentence that reports it."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no reason given"
-
-
-_SIGNS_OF_EXHAUSTION = (
-    "out of memory",  # CUDA
-    "can't allocate memory",  # PyTorch's allocator on a CPU
-    "could not create a memory",  # oneDNN
-    "Cannot allocate memory",  # the operating system, when a loader starts its workers
-)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory is exhausted in this process."""
-    return isinstance(error, MemoryError) or any(
-        sign in str(error) for sign in _SIGNS_OF_EXHAUSTION
-    )
-
-
 class SurvivalError(StochasticDepthError, ValueError):
     """A survival probability outside (0, 1], or a rule that cannot give one."""
 
@@ -54,10 +33,12 @@ class ExampleError(ApplyError):
 class UnsupportedBlockError(ApplyError):
     """A residual block that cannot be made skippable; names it, the reason and the remedies."""
 
-    blocks: tuple[str, ...] = ()
-    """The names of the blocks that the error is about, if they are known."""
-    of_model: bool = False
-    """Whether the error is about the whole model, so that no other mechanism would help."""
+    def __init__(self, message: str, blocks: tuple[str, ...] = (), of_model: bool = False) -> None:
+        super().__init__(message)
+        self.blocks = blocks
+        """The names of the blocks that the error is about, if they are known."""
+        self.of_model = of_model
+        """Whether the error is about the whole model, so that no other mechanism would help."""
 
 
 class FoldError(ApplyError):
@@ -126,3 +107,24 @@ class Interrupted(StochasticDepthError):
 
 class BypassedAdditionWarning(UserWarning):
     """A pass that bypasses the addition of a block, which is then neither skipped nor scaled."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the message of any error, for a sentence that reports it."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no reason given"
+
+
+_SIGNS_OF_EXHAUSTION = (
+    "out of memory",  # CUDA
+    "can't allocate memory",  # PyTorch's allocator on a CPU
+    "could not create a memory",  # oneDNN
+    "Cannot allocate memory",  # the operating system, when a loader starts its workers
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory is exhausted in this process."""
+    return isinstance(error, MemoryError) or any(
+        sign in str(error) for sign in _SIGNS_OF_EXHAUSTION
+    )

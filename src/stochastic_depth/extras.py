@@ -33,6 +33,12 @@ def require(module: str, extra: str | None = None) -> ModuleType:
         raise MissingExtraError(f"{module} cannot be imported ({error}): {remedy}") from error
 
 
+def require_report() -> None:
+    """Import what draws charts and pages; raises `MissingExtraError` as `require` does."""
+    for module in ("altair", "jinja2", "vl_convert"):
+        require(module, "report")
+
+
 def import_torchvision() -> None:
     """Import torchvision if it is there, also one that was built for another PyTorch.
 

@@ -178,6 +178,7 @@ def training_gates(
     """The gates of all blocks in a training step, from its coins, which `draw` returns.
 
     Args:
+        coins: bool [L], or [L, batch] for the sample and subset gates.
         shares: the share of the samples that each block runs on in expectation, by which
             scale="training" divides its branch; by default p_l.
     """

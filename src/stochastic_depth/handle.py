@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,12 +18,33 @@ from stochastic_depth.gates import Gate, evaluation_gates, training_gates
 from stochastic_depth.survival import Probabilities
 
 
+class RankSamples(NamedTuple):
+    """The samples of one process, in a mini-batch that several processes share."""
+
+    first: int
+    """The position of its first sample in the mini-batch."""
+    whole: int
+    """How many samples the mini-batch has."""
+
+
 class Forced(NamedTuple):
     """Gates that a user has given, in place of drawn ones."""
 
     coins: Tensor
     scaled: bool
     """Whether to apply the evaluation factor to open branches."""
+
+
+class Passes(Protocol):
+    """The forward passes of a model, which `hooks.ForwardHooks` follows."""
+
+    def forward_pass(self, gates: list[Gate]) -> AbstractContextManager[None]:
+        """A context in which the blocks have these gates, as in a forward pass of the model."""
+        ...
+
+    def running_gates(self) -> list[Gate] | None:
+        """The gates of the running forward pass, or None if none runs."""
+        ...
 
 
 class Handle:
@@ -37,9 +58,9 @@ class Handle:
         probabilities: (p_1, ..., p_L) in every training step.
         settings: how gates are drawn, and what they do.
         rank: the rank of this process, if each process draws different gates; otherwise None.
-        share: for gates of single samples, if several processes share a mini-batch: the position of
-            this process's first sample in the mini-batch, and how many samples the mini-batch has.
-        parts: how many processes share a mini-batch, in equal parts; each part is balanced.
+        rank_samples: for gates of single samples, if several processes share a mini-batch: which of
+            its samples are in this process. It may be set, also as (first, whole).
+        balanced_parts: how many processes share a mini-batch, in equal parts; each is balanced.
 
     Examples:
         >>> model = sd.models.CifarResNet(20)
@@ -54,23 +75,19 @@ class Handle:
     def __init__(
         self,
         blocks: Iterable[Block],
-        survival: Probabilities,
+        probabilities: Probabilities,
         settings: GateSettings,
         seed: int,
     ) -> None:
         self.blocks = list(blocks)
-        self.probabilities = survival
+        self.probabilities = probabilities
         self.settings = settings
         self.seed = seed
         self.rank: int | None = None
-        self.share: tuple[int, int] | None = None
-        self.parts = 1
-        self.forward_pass: Callable[[list[Gate]], AbstractContextManager[None]]
-        """Returns a context in which the given gates are in force, as in a forward pass.
-        `ForwardHooks` sets it."""
-        self.running_gates: Callable[[], list[Gate] | None]
-        """Returns the gates of the running forward pass, None if none runs. `ForwardHooks` sets
-        it."""
+        self.rank_samples: RankSamples | tuple[int, int] | None = None
+        self.balanced_parts = 1
+        self.passes: Passes | None = None
+        """The forward passes of the model; None for a handle that `sd.apply` has not returned."""
         self.observers: list[Callable[[list[Gate] | None], None]] = []
         """Called when a forward pass begins, with its gates; with None in evaluation."""
         self._coins: Tensor | None = None
@@ -84,7 +101,8 @@ class Handle:
 
     @property
     def gate(self) -> GateKind:
-        """What has a gate of its own: the mini-batch, each sample, or a subset of the samples."""
+        """How gates are drawn: one for the mini-batch, or one for each sample; under "subset",
+        the branch runs on the samples whose gates are open."""
         return self.settings.gate
 
     @property
@@ -179,7 +197,9 @@ class Handle:
             `handle.gates`. Inside the forward pass of a `DistributedDataParallel`, give that
             `find_unused_parameters=True`, because the output of the parts is not known here.
         """
-        return self.forward_pass(self.next_gates(batch))
+        if self.passes is None:
+            raise GateError("this handle has no model: use the one that sd.apply has returned")
+        return self.passes.forward_pass(self.next_gates(batch))
 
     def next_gates(self, batch: int | None = None) -> list[Gate]:
         """Draw what each block does in the next training step, and count the step.
@@ -195,7 +215,7 @@ class Handle:
             return self._gates_while_forced()
         self._require_number_of_samples(batch)
         self._set_survival(self.step)
-        first, whole = self.share or (0, batch)
+        first, whole = self.rank_samples or (0, batch)
         coins = self._draw(self.step, whole, self._survival)
         self._coins = coins if coins.ndim == 1 else coins[:, first : first + (batch or 0)]
         self._drawn, self._step = self._step, self._step + 1
@@ -229,6 +249,11 @@ class Handle:
 
         Raises:
             GateError: when `step` is not an integer from 0, or `batch` is missing.
+
+        Examples:
+            >>> handle = sd.apply(sd.models.CifarResNet(8))  # of 3 blocks
+            >>> handle.gates_at(1000).shape, handle.step
+            (torch.Size([3]), 0)
         """
         step = step_number(step)
         self._require_number_of_samples(batch)
@@ -250,7 +275,7 @@ class Handle:
             self.settings.min_samples,
             balance=self.settings.balance,
             multiple_of=self.settings.multiple_of,
-            parts=self.parts,
+            parts=self.balanced_parts,
             rank=self.rank,
         )
 
@@ -312,12 +337,21 @@ class Handle:
 
     @contextmanager
     def full_depth(self) -> Iterator[None]:
-        """While entered, training forward passes run as evaluation does: all blocks, times p_l.
+        """While entered, training forward passes have the gates of evaluation.
 
-        No gates are drawn. It is meant for procedures that need training mode and the whole
+        No gates are drawn, no block is dropped, and branches are scaled as `scale` says. (A block
+        with p_l = 0 stays closed.) It is meant for procedures that need training mode and the whole
         network, such as `torch.optim.swa_utils.update_bn`. Under gates, a BatchNorm in the branch
         of a closed block would see nothing, and all others would see a network that is never
         evaluated.
+
+        Examples:
+            >>> model = sd.models.CifarResNet(8)
+            >>> handle = sd.apply(model)
+            >>> with handle.full_depth():
+            ...     logits = model.train()(torch.randn(2, 3, 8, 8))
+            >>> handle.step
+            0
         """
         with self._in_force("full depth", self._in_evaluation):
             yield
@@ -339,7 +373,13 @@ class Handle:
             self.restore_gates()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that a checkpoint needs, so that a resumed training run has the same gates."""
+        """The state that a checkpoint needs, so that a resumed training run has the same gates.
+
+        Examples:
+            >>> handle = sd.apply(sd.models.CifarResNet(8))
+            >>> handle.state_dict()["step"]
+            0
+        """
         return {"seed": self.seed, "step": self.step, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -417,7 +457,8 @@ class Handle:
         """Give all blocks the training gates that are in force: forced ones; or those of the
         running forward pass; or none."""
         forced = self._in_training is not None
-        gates = self._gates_while_forced() if forced else self.running_gates()
+        running = None if self.passes is None else self.passes.running_gates()
+        gates = self._gates_while_forced() if forced else running
         set_training_gates(self.blocks, gates or [None] * len(self.blocks))
 
     @torch.inference_mode(False)
@@ -435,7 +476,7 @@ class Handle:
         return {**self.__dict__, "_in_training": None, "_in_evaluation": None, "observers": []}
 
     def _identity(self) -> dict[str, Any]:
-        return self.probabilities.described() | asdict(self.settings)
+        return self.probabilities.to_json() | asdict(self.settings)
 
     def __repr__(self) -> str:
         return (
@@ -447,7 +488,7 @@ class Handle:
 
     def _unusual(self) -> str:
         """The settings that `repr` shows only if they differ from the default."""
-        schedule = self.probabilities.described()["schedule"]
+        schedule = self.probabilities.to_json()["schedule"]
         shown = ["balanced"] if self.settings.balance else []
         shown += [f"schedule={schedule['name']}"] if schedule else []
         closed = self.settings.closed

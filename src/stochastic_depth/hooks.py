@@ -29,19 +29,19 @@ from stochastic_depth.torch_private import (
     at_end_of_backward,
     backward_pass,
     frame_of_module_call,
-    gradients_are_awaited,
+    in_ddp_forward,
     is_compiled,
+    is_data_parallel_copy,
     is_mapped,
-    is_replica,
-    is_replicated,
     never_traced,
     next_node_number,
     node_number,
     outside_transforms,
     tree_leaves,
+    uses_replicate,
 )
 
-_REMEMBERED = 64
+_RECENT_PASSES = 64
 """How many of the latest forward passes are kept even if their outputs are not."""
 
 
@@ -55,24 +55,24 @@ class ForwardHooks:
     def __init__(self, model: nn.Module, handle: Handle, routes: Routes) -> None:
         self.handle, self.blocks, self.routes = handle, handle.blocks, routes
         self._gate_readers = GateReaders(model, handle.blocks)
-        handle.forward_pass, handle.running_gates = self.forward_pass, self.running_gates
-        self._stack: list[_Running] = []
-        """The running forward passes, nested."""
+        handle.passes = self
+        self._stack: list[_ModelCall] = []
+        """The running calls of the model, innermost last."""
         self._passes: list[weakref.ref[ForwardPass]] = []
         """Passes that may still have a backward pass; their outputs keep them alive."""
-        self._recent: deque[ForwardPass] = deque(maxlen=_REMEMBERED)
+        self._recent: deque[ForwardPass] = deque(maxlen=_RECENT_PASSES)
         self._in_backward: dict[int, ForwardPass] = {}
         """For each running backward pass, the forward pass whose graph it has reached."""
 
     @never_traced
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Hook on the model: draw gates, unless this is evaluation or a recomputation."""
-        running = self._enter(frame_of_module_call())
+        call = self._enter(frame_of_module_call())
         self._gate_readers.warn_of_replaced(model)
         if not (model.training or any(block.is_training for block in self.blocks)):
-            self._tell(None)
+            self._notify_observers(None)
             return
-        if is_replica(model):
+        if is_data_parallel_copy(model):
             raise GateError(
                 "nn.DataParallel runs copies of the model in threads, which would draw different "
                 "gates: use torch.nn.parallel.DistributedDataParallel, one process for each GPU "
@@ -87,24 +87,24 @@ class ForwardHooks:
                     "checkpoint(..., use_reentrant=False)"
                 )
             again.backward_begins()
-            running.recomputed = again
+            call.recomputed = again
             set_training_gates(self.blocks, again.gates)
             return
         self._refuse_threads()
         batch = None if self.handle.gate == "batch" else batch_size((args, kwargs))
         with outside_transforms():
             gates = self.handle.next_gates(batch)
-        self._begin(running, gates, is_replicated(model))
+        self._begin(call, gates, uses_replicate(model))
 
     @never_traced
     def after_forward(self, model: nn.Module, args: tuple, output: Any) -> Any:
         """Hook on the model; it is also called if the forward pass has failed."""
         frame = frame_of_module_call()
-        running = next((each for each in self._stack if each.frame is frame), None)
-        if running is None:  # a hook before ours has failed
+        call = next((each for each in self._stack if each.frame is frame), None)
+        if call is None:  # a hook before ours has failed
             return output
-        trained = running.drawn is not None and torch.is_grad_enabled()
-        output = self._end(running, output)
+        trained = call.drawn is not None and torch.is_grad_enabled()
+        output = self._end(call, output)
         if trained or self.handle.is_subnetwork:
             refuse_cache(output)
         return output
@@ -113,24 +113,24 @@ class ForwardHooks:
     def forward_pass(self, gates: list[Gate]) -> Iterator[None]:
         """While entered, the blocks have these gates, as in a forward pass of the model."""
         self._refuse_threads()
-        running = self._enter(None)
-        self._begin(running, gates, replicated=False)
+        call = self._enter(None)
+        self._begin(call, gates, replicated=False)
         try:
             yield
         finally:
-            self._end(running, None)
+            self._end(call, None)
 
-    def _enter(self, frame: FrameType | None) -> "_Running":
+    def _enter(self, frame: FrameType | None) -> "_ModelCall":
         """Note that a forward pass begins, and forget passes that have been interrupted.
 
         PyTorch calls no hook when a forward pass ends with a KeyboardInterrupt.
         """
-        running = _Running(frame, get_ident())
+        call = _ModelCall(frame, get_ident())
         self._forget([each for each in self._stack if not each.is_running()])
-        self._stack.append(running)
-        return running
+        self._stack.append(call)
+        return call
 
-    def _forget(self, interrupted: "Sequence[_Running]") -> None:
+    def _forget(self, interrupted: "Sequence[_ModelCall]") -> None:
         """Remove passes that have been interrupted, and what they have set up, innermost first."""
         for each in reversed(interrupted):
             self._stack.remove(each)
@@ -148,40 +148,42 @@ class ForwardHooks:
 
     def running_gates(self) -> list[Gate] | None:
         """The gates of the innermost running forward pass that has drawn gates, or None."""
-        running = self._running()
-        return None if running is None else running.gates
+        call = self._current_pass()
+        return None if call is None else call.gates
 
-    def _begin(self, running: "_Running", gates: list[Gate], replicated: bool) -> None:
+    def _begin(self, call: "_ModelCall", gates: list[Gate], replicated: bool) -> None:
         if self.blocks[0].gates[0].recall is None:  # also in a copy, whose blocks have lost it
             for number, block in enumerate(self.blocks):
                 for addition in block.gates:
                     addition.recall = partial(self._recall, number)
         self._in_backward.clear()  # a backward pass that failed may have left an entry
-        begun = ForwardPass(self, gates, replicated or gradients_are_awaited(), self._running())
-        running.drawn = begun
+        begun = ForwardPass(self, gates, replicated or in_ddp_forward(), self._current_pass())
+        call.drawn = begun
         self._recent.append(begun)
         self._passes = [ref for ref in self._passes if ref() is not None]
         self._passes.append(weakref.ref(begun))
         set_training_gates(self.blocks, gates)
-        self._tell(gates)
+        self._notify_observers(gates)
 
-    def _tell(self, gates: list[Gate] | None) -> None:
+    def _notify_observers(self, gates: list[Gate] | None) -> None:
         """Call the observers of the handle; `gates` is None in evaluation."""
         for observe in self.handle.observers:
             observe(gates)
 
-    def _end(self, running: "_Running", output: Any) -> Any:
+    def _end(self, call: "_ModelCall", output: Any) -> Any:
         """End a pass, and those within it that have been interrupted."""
-        inside = self._stack[self._stack.index(running) + 1 :]
-        self._forget([each for each in inside if each.thread == running.thread])
-        self._stack.remove(running)
-        ended = running.drawn
+        inside = self._stack[self._stack.index(call) + 1 :]
+        self._forget([each for each in inside if each.thread == call.thread])
+        self._stack.remove(call)
+        ended = call.drawn
         self.handle.restore_gates()
         if ended is not None:
             return ended.end(output)
-        return output if running.recomputed is None else running.recomputed.attached(output)
+        if call.recomputed is not None:
+            return call.recomputed.with_closed_parameters(output)
+        return output
 
-    def _running(self) -> "ForwardPass | None":
+    def _current_pass(self) -> "ForwardPass | None":
         """The innermost running forward pass that has drawn gates, or None."""
         return next((each.drawn for each in reversed(self._stack) if each.drawn), None)
 
@@ -231,11 +233,11 @@ class ForwardHooks:
 
     def __getstate__(self) -> dict[str, Any]:  # a copy has no running passes
         nothing: dict[str, Any] = {"_stack": [], "_passes": [], "_in_backward": {}}
-        return {**self.__dict__, **nothing, "_recent": deque(maxlen=_REMEMBERED)}
+        return {**self.__dict__, **nothing, "_recent": deque(maxlen=_RECENT_PASSES)}
 
 
 @dataclass(eq=False)
-class _Running:
+class _ModelCall:
     """A running forward pass of the model, or a context of `Handle.draw`."""
 
     frame: FrameType | None
@@ -260,7 +262,7 @@ class ForwardPass:
     """One forward pass in training: its gates, and what happens when its backward pass begins."""
 
     def __init__(
-        self, hooks: ForwardHooks, gates: list[Gate], awaited: bool, outer: "ForwardPass | None"
+        self, hooks: ForwardHooks, gates: list[Gate], in_ddp: bool, outer: "ForwardPass | None"
     ) -> None:
         self._hooks, self.gates = hooks, gates
         self.outer = outer
@@ -268,30 +270,30 @@ class ForwardPass:
         self.first_node = self.end_node = next_node_number()
         """The pass makes the autograd nodes numbered from `first_node` to below `end_node`."""
         # A block that is closed here may have a gradient from another process.
-        skipped = "paper" if awaited and hooks.handle.differs_by_rank else hooks.handle.skipped
+        skipped = "paper" if in_ddp and hooks.handle.differs_by_rank else hooks.handle.skipped
         learns = [gate.learns for gate in gates]
         self._closed_gradients = ClosedGradients(
-            hooks.blocks, learns, skipped, awaited, hooks.routes
+            hooks.blocks, learns, skipped, in_ddp, hooks.routes
         )
 
     def end(self, output: Any) -> Any:
-        """End the pass; returns its output, to which closed branches are attached where needed."""
+        """End the pass; returns its output, connected to closed branches where that is needed."""
         self._closed_gradients.end_forward()
         if torch.is_grad_enabled() and output is not None:
-            output = self.attached(output)
+            output = self.with_closed_parameters(output)
             for tensor in tensors_in(output):
                 if tensor.grad_fn is not None:  # a hook on a leaf would never be removed
                     tensor.register_hook(self.backward_begins)
         self.end_node = next_node_number()
         return output
 
-    def attached(self, output: Any) -> Any:
-        """`output`, to which closed branches are attached where DDP or autograd needs them.
+    def with_closed_parameters(self, output: Any) -> Any:
+        """`output`, whose graph also reaches closed branches where DDP or autograd needs them.
 
-        A reentrant checkpoint around the model computes its first output without a graph, so the
-        branches can only be attached to the output that it recomputes.
+        A reentrant checkpoint around the model computes its first output without a graph, so only
+        the output that it recomputes can be connected to the branches.
         """
-        return self._closed_gradients.attached(output)
+        return self._closed_gradients.with_closed_parameters(output)
 
     def interrupt(self) -> None:
         """End a pass that PyTorch has not ended, as after a KeyboardInterrupt."""

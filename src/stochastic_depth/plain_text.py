@@ -25,6 +25,11 @@ def si(count: float) -> str:
     return f"{count:.3g} P"
 
 
+def count_text(count: int, what: str) -> str:
+    """The number and its noun: "1 figure", "2,000 figures"."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def escaped(text: str) -> str:
     """`text`, with escapes in place of what could control a terminal or cannot be encoded."""
     return "".join(

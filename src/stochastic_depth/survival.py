@@ -70,7 +70,7 @@ class Scheduled:
         share = 1.0 if self.schedule is None else share_at(self.schedule, step)
         return self.full if share == 1 else tuple(1 - share * (1 - p) for p in self.full)
 
-    def described(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """These probabilities and their schedule as plain values, for checkpoints."""
         return {"survival": list(self.full), "schedule": _described(self.schedule)}
 
@@ -94,7 +94,7 @@ class StepDependent:
             for at in self.positions
         )
 
-    def described(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """The rule and its p_l in step 0 as plain values, for checkpoints."""
         return {"survival": list(self.at(0)), "schedule": _described(self.rule)}
 

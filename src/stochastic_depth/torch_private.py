@@ -42,13 +42,12 @@ __all__ = [
     "frame_of_module_call",
     "function_around",
     "generators",
-    "gradients_are_awaited",
     "gradients_are_kept",
+    "in_ddp_forward",
     "is_compiled",
     "is_compiler_error",
+    "is_data_parallel_copy",
     "is_mapped",
-    "is_replica",
-    "is_replicated",
     "is_sharded",
     "is_transformed",
     "never_traced",
@@ -65,6 +64,7 @@ __all__ = [
     "tree_map",
     "tree_map_only",
     "tree_unflatten",
+    "uses_replicate",
     "whole_call",
     "zero",
 ]
@@ -236,7 +236,7 @@ def never_traced(function: Callable[..., Any]) -> Callable[..., Any]:
 # Data parallelism.
 
 
-def gradients_are_awaited() -> bool:
+def in_ddp_forward() -> bool:
     """Whether a forward pass of `DistributedDataParallel` runs, which waits for all gradients.
 
     Replacement: `find_unused_parameters=True`, which costs a walk through the graph in every step;
@@ -245,7 +245,7 @@ def gradients_are_awaited() -> bool:
     return DistributedDataParallel._get_active_ddp_module() is not None
 
 
-def is_replicated(model: nn.Module) -> bool:
+def uses_replicate(model: nn.Module) -> bool:
     """Whether `model` is under the composable `replicate`, whose own hook runs after ours."""
     return isinstance(model, Replicated)
 
@@ -259,7 +259,7 @@ def is_sharded(model: nn.Module) -> bool:
     return fsdp is not None and any(isinstance(m, fsdp.FSDPModule) for m in model.modules())
 
 
-def is_replica(model: nn.Module) -> bool:
+def is_data_parallel_copy(model: nn.Module) -> bool:
     """Whether `model` is one of the copies that `nn.DataParallel` creates for each step.
 
     Replacement: none is needed once `nn.DataParallel` is gone, which PyTorch advises against.

@@ -164,7 +164,7 @@ def test_a_run_that_has_measured_nothing_is_told_with_what_to_do(runs, capsys, t
     (tmp_path / "run").mkdir()
     shutil.copy(runs / "stochastic-seed0" / "config.json", tmp_path / "run")
     error = refused(capsys, "gradients", runs / "constant-seed0", "run")
-    assert "run has measured nothing yet, its journal is empty: go on with it by " in error
+    assert "run has measured nothing yet, its journal is empty: resume it by " in error
     assert error.endswith("train --resume run\n")
 
 

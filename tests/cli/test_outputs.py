@@ -13,7 +13,7 @@ import pytest
 from stochastic_depth.cli import main
 from stochastic_depth.cli.export import Export
 from stochastic_depth.errors import ConfigError
-from stochastic_depth.lab.sources import read_run
+from stochastic_depth.lab.recorded import read_run
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import DataConfig, ModelConfig, begin, fit
 from support.runs import SILENT
@@ -153,7 +153,7 @@ def test_a_full_disk_under_the_output_is_told(arguments):
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert ended.returncode == 1
     assert ended.stderr == (
-        "error: the output cannot be written: No space left on device; make room, then go on\n"
+        "error: the output cannot be written: No space left on device; make room, then resume\n"
     )
 
 

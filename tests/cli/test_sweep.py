@@ -85,7 +85,7 @@ def test_ctrl_c_leaves_checkpoints_and_tells_how_to_go_on(long):
     shown = process.communicate()[0]
     assert process.returncode == 128 + signal.SIGINT
     assert "6 of 6 runs are not finished" in shown
-    assert "go on:  stochastic-depth sweep survival digits" in shown
+    assert "resume:  stochastic-depth sweep survival digits" in shown
     assert "Traceback" not in shown
     for path in (folder / "runs").iterdir():
         run = open_run(path)
@@ -131,7 +131,7 @@ def test_a_sweep_that_cannot_go_on_says_how_to(tmp_path, capfd):
     shown = capfd.readouterr()
     assert "constant-depth8-seed1 has lost its config.json" in shown.err
     assert "1 of 2 runs are not finished" in shown.out
-    assert f"go on:  stochastic-depth {' '.join(arguments)}" in shown.out
+    assert f"resume:  stochastic-depth {' '.join(arguments)}" in shown.out
 
 
 def test_each_worker_that_is_killed_is_told_once_by_its_own_signal(monkeypatch, capsys):

@@ -139,7 +139,7 @@ def test_a_run_of_one_is_gone_on_with_by_two(alone, folder, group):
     for _ in range(2):
         next(records)
     records.close()
-    assert "going on at step 8 of 20" in group("--resume", run.path).finish()
+    assert "resuming at step 8 of 20" in group("--resume", run.path).finish()
     assert_close(run.path, alone)
 
 
@@ -153,7 +153,7 @@ def test_a_process_is_killed_and_the_group_ends_where_it_would_have(together, fo
         time.sleep(0.01)
     os.kill(workers(under_way.agent.pid)[1], signal.SIGKILL)
     output = under_way.finish()
-    assert "going on at step" in output
+    assert "resuming at step" in output
     shown = [line for line in output.splitlines() if "torch/distributed/elastic" not in line]
     assert not any("Traceback" in line for line in shown)  # the agent logs how its process ended
     assert_same_end(open_run(undisturbed), open_run(killed))

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from stochastic_depth.choices import SweepKind
+from stochastic_depth.lab.analyses import write_analysis
 from stochastic_depth.lab.comparison import train_pairs
 from stochastic_depth.lab.outcomes import Experiment, experiments
 from stochastic_depth.lab.page import write_report
-from stochastic_depth.lab.sources import read_sources, write_analysis
+from stochastic_depth.lab.recorded import read_sources
 from stochastic_depth.lab.sweep.folder import Grid, open_sweep
 from stochastic_depth.lab.sweep.workers import train_point
 from stochastic_depth.recipes import RECIPES

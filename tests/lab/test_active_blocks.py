@@ -11,7 +11,7 @@ from scipy import stats
 
 import stochastic_depth as sd
 from stochastic_depth.lab.active_blocks import ActiveBlocks, active_blocks, active_distribution
-from stochastic_depth.lab.sources import read_run
+from stochastic_depth.lab.recorded import read_run
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.survival import survival_probabilities
 from stochastic_depth.train import ModelConfig, SurvivalConfig, begin, fit

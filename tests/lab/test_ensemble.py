@@ -16,7 +16,7 @@ from stochastic_depth.lab.ensemble import (
     measure_ensemble,
     sizes_up_to,
 )
-from stochastic_depth.lab.sources import load_trained
+from stochastic_depth.lab.recorded import load_trained
 from stochastic_depth.train import best_record
 
 
@@ -74,7 +74,7 @@ def logits_by_hand(network, gates):
     model = copy.deepcopy(network.model)
     outs, labels = [], []
     with torch.no_grad():
-        for images, of_images in network.images.evaluate("test"):
+        for images, of_images in network.batches.evaluate("test"):
             h = model.stem(images)
             for unit, b in zip(model.blocks, gates.tolist(), strict=True):
                 shortcut = h if unit.shortcut is None else unit.shortcut(h)
@@ -134,7 +134,7 @@ def test_members_are_drawn_by_p_and_are_not_those_of_training():
 
 
 def test_the_network_is_left_as_it_was(network, silent):
-    images, _ = next(iter(network.images.evaluate("test")))
+    images, _ = next(iter(network.batches.evaluate("test")))
     before = network.model(images).detach()
     measure_ensemble(network, 2, 0, silent)
     after = network.model(images)

@@ -19,7 +19,7 @@ from stochastic_depth.lab.ensemble_chart import ensemble_figure
 from stochastic_depth.lab.gradients_chart import block_gradients
 from stochastic_depth.lab.outcomes import RunOutcome
 from stochastic_depth.lab.pruning_chart import _sentence, pruned_blocks
-from stochastic_depth.lab.sources import read_sources
+from stochastic_depth.lab.recorded import read_sources
 from stochastic_depth.lab.sweep import charts
 from stochastic_depth.lab.training_curves import training_curves, training_time
 from stochastic_depth.train.schedule_config import ScheduleConfig

@@ -5,7 +5,7 @@ import pytest
 
 from stochastic_depth.errors import RunError
 from stochastic_depth.lab.gradients import gradients, record_at, spread_epochs
-from stochastic_depth.lab.sources import RecordedRun, read_run
+from stochastic_depth.lab.recorded import RecordedRun, read_run
 from stochastic_depth.train import Record, Run
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from stochastic_depth.lab.outcomes import RunOutcome, distinct, experiments, interval_steps
-from stochastic_depth.lab.sources import read_run
+from stochastic_depth.lab.recorded import read_run
 from stochastic_depth.lab.training_curves import training_time
 from stochastic_depth.train import layout
 from stochastic_depth.train.schedule_config import ScheduleConfig

@@ -32,9 +32,7 @@ def threads():
 def test_the_faster_number_of_threads_is_taken_and_said():
     pace = Pace({1: 0.2, 4: 0.05}, steps_per_epoch=10, saving=0.25)
     assert pace.threads == 4
-    assert pace.described() == (
-        "a step takes 0.20 s with 1 thread, 0.05 s with 4 threads: taking 4"
-    )
+    assert str(pace) == ("a step takes 0.20 s with 1 thread, 0.05 s with 4 threads: taking 4")
     assert Pace({1: 0.05, 4: 0.2}, 10, 0.25).threads == 1
 
 
@@ -134,7 +132,7 @@ def test_a_comparison_goes_on_with_the_epochs_and_threads_it_began_with(tmp_path
     assert config == two
     with Display(Console(file=shown)) as display:
         runs = train_pairs(config, [0, 1], tmp_path, display, lambda: None, end)
-    assert "going on at step 10 of 20" in shown.getvalue()
+    assert "resuming at step 10 of 20" in shown.getvalue()
     assert "rounded differently" not in shown.getvalue()
     assert {run.runtime.threads for of in runs.values() for run in of} == {1}
     assert "training for 2 of 20 epochs" in console.file.getvalue()

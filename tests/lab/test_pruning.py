@@ -15,7 +15,7 @@ from stochastic_depth.errors import ConfigError
 from stochastic_depth.export.depths import parameters_of, without_blocks
 from stochastic_depth.lab.options import PruningOptions
 from stochastic_depth.lab.pruning import load_or_measure_curves, measure_curves, spread
-from stochastic_depth.lab.sources import load_trained
+from stochastic_depth.lab.recorded import load_trained
 from stochastic_depth.tensors import copied
 from stochastic_depth.train import best_record
 from stochastic_depth.train.build import build_model
@@ -74,13 +74,13 @@ def plain_without(network, removed):
 def plain(network):
     """The network with p_l in its weights."""
     model = copied(network.model)
-    sd.fold(model, next(iter(network.images.evaluate("test")))[0][:4])
+    sd.fold(model, next(iter(network.batches.evaluate("test")))[0][:4])
     return model
 
 
 @pytest.mark.parametrize("removed", [(), (5,), (0, 2, 4), (0, 1, 2, 3, 4, 5)])
 def test_a_network_without_blocks_is_the_plain_one_that_never_had_them(network, plain, removed):
-    images, _ = next(iter(network.images.evaluate("test")))
+    images, _ = next(iter(network.batches.evaluate("test")))
     pruned, expected = without_blocks(plain, removed), plain_without(network, removed)
     with torch.no_grad():
         torch.testing.assert_close(pruned(images), expected(images), rtol=1e-4, atol=1e-4)
@@ -89,11 +89,11 @@ def test_a_network_without_blocks_is_the_plain_one_that_never_had_them(network, 
 
 @pytest.mark.parametrize("removed", [(), (2, 5)])
 def test_recalibration_is_pytorchs_update_bn_and_leaves_the_network_alone(network, plain, removed):
-    batches = [images for images, _ in itertools.islice(network.images.train(0), 3)]
+    batches = [images for images, _ in itertools.islice(network.batches.train(0), 3)]
     before = copy.deepcopy(plain.state_dict())
     pruned, expected = without_blocks(plain, removed, batches), plain_without(network, removed)
     update_bn(batches, expected)
-    images, _ = next(iter(network.images.evaluate("test")))
+    images, _ = next(iter(network.batches.evaluate("test")))
     with torch.no_grad():
         torch.testing.assert_close(pruned(images), expected.eval()(images), rtol=1e-3, atol=1e-3)
     assert not any(module.training for module in pruned.modules())
@@ -140,13 +140,13 @@ def test_the_curves_begin_at_the_journals_errors_and_end_without_a_block(network
         )
     for point in (found[0].points[1], found[2].points[1]):
         plain = plain_without(network, _places(point))
-        expected = evaluate(plain, network.images.evaluate("test"), network.run.runtime).error
+        expected = evaluate(plain, network.batches.evaluate("test"), network.run.runtime).error
         assert point.error == pytest.approx(expected, abs=0.21)
     assert found[0].points[2].error == found[2].points[2].error
 
 
 def test_the_first_block_chosen_is_the_one_whose_loss_alone_is_lowest(network, silent):
-    few = list(spread(network.images.evaluate("validation"), 100, 50))
+    few = list(spread(network.batches.evaluate("validation"), 100, 50))
     losses = [
         evaluate(plain_without(network, [block]), few, network.run.runtime).loss
         for block in range(6)

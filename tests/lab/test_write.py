@@ -15,8 +15,8 @@ import pytest
 from stochastic_depth.cli import main
 from stochastic_depth.errors import RunError
 from stochastic_depth.lab.page import REFRESH, watch_report, write_report
+from stochastic_depth.lab.recorded import read_sources
 from stochastic_depth.lab.report import COMMANDS, build_report
-from stochastic_depth.lab.sources import read_sources
 from stochastic_depth.lab.sweep.folder import open_sweep
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import ModelConfig, begin, fit

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from stochastic_depth.distributed.world import on_primary, rank, ranks
+from stochastic_depth.distributed.world import on_primary, rank, world_size
 from stochastic_depth.draw import (
     draw,
     seed_of_rank,
@@ -56,12 +56,12 @@ def same_counts_and_close_losses(records: Sequence[Record], path: Path) -> None:
 def sample_gates_train_alike_on_all_numbers_of_ranks(folder: Path) -> None:
     """Over the images of all: with BatchNorm of each rank, ranks would drift apart."""
     of_one = config("sample", sync_batchnorm=True)
-    _, records = trained(folder / f"sample-{ranks()}", of_one)
+    _, records = trained(folder / f"sample-{world_size()}", of_one)
     same_counts_and_close_losses(records, folder / "sample-1")
 
 
 def subset_gates_draw_alike_on_all_numbers_of_ranks(folder: Path) -> None:
-    _, records = trained(folder / f"subset-{ranks()}", config("subset"))
+    _, records = trained(folder / f"subset-{world_size()}", config("subset"))
     expected = open_run(folder / "subset-1").records()
     assert [r.active_counts for r in records] == [r.active_counts for r in expected]
     assert records[-1].train_loss == pytest.approx(expected[-1].train_loss, rel=0.05)
@@ -94,12 +94,12 @@ def a_run_with_gates_by_rank_goes_on_bit_for_bit(folder: Path) -> None:
     survival = tuple(LinearDecay(FINAL)(block, BLOCKS) for block in range(1, BLOCKS + 1))
     drawn = [
         [int(draw(seed_of_rank(0, rank), step, survival).sum()) for step in range(5)]
-        for rank in range(ranks())
+        for rank in range(world_size())
     ]
     assert drawn[0] != drawn[1]
     counts = Counter(str(active) for of_rank in drawn for active in of_rank)
     assert Counter(records[0].active_counts) == counts
-    assert records[0].active_blocks == pytest.approx(sum(map(sum, drawn)) / 5 / ranks())
+    assert records[0].active_blocks == pytest.approx(sum(map(sum, drawn)) / 5 / world_size())
 
 
 def balanced_gates_are_counted_alike_where_a_run_is_resumed_before_its_evaluation(

@@ -169,7 +169,7 @@ def gates_for_single_samples_are_those_of_one_process() -> None:
         ddp = DistributedDataParallel(model)
         skip_closed(ddp)
         each = BATCH // dist.get_world_size()
-        handle.share = dist.get_rank() * each, BATCH
+        handle.rank_samples = dist.get_rank() * each, BATCH
         train(ddp, sgd(model), mine)
         other, _ = network(gate=gate)
         train(other, sgd(other), whole)

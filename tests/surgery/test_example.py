@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import stochastic_depth as sd
-from stochastic_depth.surgery.example import preserve_state, seed_everything
+from stochastic_depth.surgery.model_state import preserve_state, seed_everything
 
 
 class Statistics:

@@ -290,7 +290,7 @@ def test_a_record_that_is_best_and_has_no_checkpoint_yet_blocks_nothing(
         for which, record in (("best", journal.best_record(before)), ("last", before[-1])):
             assert trained_model(run, images, which)[1] == record.step
     else:
-        with pytest.raises(CheckpointError, match=r"yet: go on with it by .* --resume"):
+        with pytest.raises(CheckpointError, match=r"yet: resume it by .* --resume"):
             trained_model(run, images)
     monkeypatch.undo()
     list(fit(*reopen(path), silent))

@@ -173,7 +173,7 @@ def _(runs):
     runs.monkeypatch.undo()
     shown = " ".join(runs.capsys.readouterr().out.split())
     assert re.search(r"stopped at step \d+, with a checkpoint", shown)
-    (printed,) = re.findall(r"go on: stochastic-depth (.+)", shown)
+    (printed,) = re.findall(r"resume: stochastic-depth (.+)", shown)
     assert main(shlex.split(printed)) == 0
     runs.ends_as_if_nothing_had_happened()
 
@@ -199,7 +199,7 @@ def _(runs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     runs.monkeypatch.setattr(os, "fsync", full)
-    assert "No space left on device; make room, then go on" in runs.refused()
+    assert "No space left on device; make room, then resume" in runs.refused()
     runs.monkeypatch.setattr(os, "fsync", fsync)
     runs.resume(path)
     runs.ends_as_if_nothing_had_happened()

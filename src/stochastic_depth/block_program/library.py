@@ -93,8 +93,8 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     reason = why_unavailable()
     if reason is not None:
         raise EngineError(
-            f"native kernels: {reason}: begin a run with --engine eager; or install one, and go on "
-            "with this run"
+            f"native kernels: {reason}: begin a run with --engine eager; or install one, and "
+            "resume this run"
         )
     loaded = _loaded((*FLAGS, *DEFINED[dtype]))
     if not loaded.permitted():
@@ -135,7 +135,7 @@ def _compile(compiler: Sequence[str], path: Path) -> None:
             reason = next((line for line in lines if "error" in line), lines[0])
             raise EngineError(
                 f"native kernels: {compiler[0]} failed: {reason}: begin a run with --engine eager; "
-                "or name another compiler by the environment variable CXX, and go on with this run"
+                "or name another compiler by the environment variable CXX, and resume this run"
             )
         built.chmod(0o700)
         with built.open("rb") as file:

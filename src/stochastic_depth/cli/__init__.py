@@ -22,7 +22,7 @@ from stochastic_depth.files import reason
 from stochastic_depth.plain_text import escaped
 
 COMMANDS = {
-    "train": "train a recipe, or go on with a run",
+    "train": "train a recipe, or resume a run",
     "eval": "test error of a run's network",
     "compare": "a recipe against its constant-depth twin, over seeds",
     "analyze": "gradients, active blocks, the ensemble, pruning",

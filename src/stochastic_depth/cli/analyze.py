@@ -1,6 +1,6 @@
 """stochastic-depth analyze: one question about runs at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,8 +15,10 @@ from stochastic_depth.train.checks import at_least
 
 if TYPE_CHECKING:
     from stochastic_depth.cli.console import PlainConsole
+    from stochastic_depth.export.depths import Progress
+    from stochastic_depth.lab.analyses import AnalysisName
     from stochastic_depth.lab.outcomes import Experiment
-    from stochastic_depth.lab.sources import TrainedNetwork
+    from stochastic_depth.lab.recorded import TrainedNetwork
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,14 @@ class Question:
             RunError: when one of them has no record yet.
         """
         from stochastic_depth.lab.outcomes import distinct, experiments
-        from stochastic_depth.lab.sources import read_run
+        from stochastic_depth.lab.recorded import read_run
 
         runs = [read_run(path) for path in self.runs]
         for run in runs:
             if not run.records:
                 path = run.run.path
                 raise RunError(
-                    f"{path} has measured nothing yet, its journal is empty: go on with it by "
+                    f"{path} has measured nothing yet, its journal is empty: resume it by "
                     f"stochastic-depth train --resume {path}"
                 )
         kept = distinct(runs)
@@ -85,11 +87,28 @@ class NetworkQuestion(Question):
 
     def networks(self, experiments: list["Experiment"]) -> Iterator["TrainedNetwork"]:
         """The trained networks, one at a time."""
-        from stochastic_depth.lab.sources import load_trained
+        from stochastic_depth.lab.recorded import load_trained
 
         for experiment in experiments:
             for recorded in experiment.runs:
                 yield load_trained(recorded.run.path, self.data, self.checkpoint, self.device)
+
+    def measured(
+        self,
+        experiments: list["Experiment"],
+        name: "AnalysisName",
+        measure: "Callable[[TrainedNetwork, Progress], Any]",
+        console: "PlainConsole",
+    ) -> dict[str, Any]:
+        """The result of `measure` for each network, by the id of its run; says where it is."""
+        from stochastic_depth.lab.analyses import analysis_path
+
+        found: dict[str, Any] = {}
+        for network in self.networks(experiments):
+            with console.progress(network.run.path.name) as progress:
+                found[network.run.id] = measure(network, progress)
+            console.say(str(analysis_path(network.run, name)))
+        return found
 
 
 @dataclass(frozen=True)
@@ -154,18 +173,16 @@ class Ensemble(NetworkQuestion):
     def print(self, console: "PlainConsole") -> None:
         from stochastic_depth.lab import ensemble as question
         from stochastic_depth.lab.formatting import runs_text
-        from stochastic_depth.lab.sources import analysis_path
+
+        def measure(network: "TrainedNetwork", progress: "Progress") -> Any:
+            return question.load_or_measure_ensemble(
+                network, self.subnetworks, self.seed, progress, self.again
+            )
 
         asked = self.experiments()
         for recorded in (run for experiment in asked for run in experiment.runs):
             question.refuse_constant(recorded.run)
-        found: dict[str, Any] = {}
-        for network in self.networks(asked):
-            with console.progress(network.run.path.name) as progress:
-                found[network.run.id] = question.load_or_measure_ensemble(
-                    network, self.subnetworks, self.seed, progress, self.again
-                )
-            console.say(str(analysis_path(network.run, "ensemble")))
+        found = self.measured(asked, "ensemble", measure, console)
         for experiment in _titled(asked, console):
             for series in experiment.series:
                 of_runs = [found[run.run.id] for run in series.runs]
@@ -189,16 +206,12 @@ class Pruning(NetworkQuestion):
 
     def print(self, console: "PlainConsole") -> None:
         from stochastic_depth.lab import pruning as question
-        from stochastic_depth.lab.sources import analysis_path
+
+        def measure(network: "TrainedNetwork", progress: "Progress") -> Any:
+            return question.load_or_measure_curves(network, self.settings, progress, self.again)
 
         asked = self.experiments()
-        found: dict[str, Any] = {}
-        for network in self.networks(asked):
-            with console.progress(network.run.path.name) as progress:
-                found[network.run.id] = question.load_or_measure_curves(
-                    network, self.settings, progress, self.again
-                )
-            console.say(str(analysis_path(network.run, "pruning")))
+        found = self.measured(asked, "pruning", measure, console)
         for experiment in _titled(asked, console):
             curves = {s.name: [found[run.run.id] for run in s.runs] for s in experiment.series}
             for order in question.ORDERS:

@@ -51,7 +51,7 @@ def bench(arguments: list[str]) -> int:
 
         benchmark = importlib.import_module(f"stochastic_depth.lab.bench.{name}")
     runtime = _runtime(asked)
-    console.print(runtime.described())
+    console.print(runtime)
     result = benchmark.measure(asked, runtime, console)
     for part in benchmark.tables(result, asked, runtime):
         console.print(part)

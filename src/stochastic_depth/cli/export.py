@@ -129,15 +129,15 @@ def export(arguments: list[str]) -> int:
         from stochastic_depth.export import network
         from stochastic_depth.export.write import write_export
         from stochastic_depth.train import reopen
-    run, images = reopen(asked.run, asked.data, asked.device)
+    run, batches = reopen(asked.run, asked.data, asked.device)
     with console.progress(run.path.name) as progress:
         if asked.elastic:
-            plain = network.elastic_network(run, images, asked.checkpoint, progress)
-            plain = network.measured(plain, images, run.runtime, progress)
+            plain = network.elastic_network(run, batches, asked.checkpoint, progress)
+            plain = network.measured(plain, batches, run.runtime, progress)
         elif asked.depth < 1:
-            plain = network.shallower_network(run, images, asked.checkpoint, asked.depth, progress)
+            plain = network.shallower_network(run, batches, asked.checkpoint, asked.depth, progress)
         else:
-            plain = network.plain_network(run, images, asked.checkpoint)
+            plain = network.plain_network(run, batches, asked.checkpoint)
     if asked.elastic:
         console.print(choices_table(plain.description))
     difference = write_export(path, plain, form)

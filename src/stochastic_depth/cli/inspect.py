@@ -21,7 +21,7 @@ from stochastic_depth.errors import (
     StochasticDepthError,
     first_line,
 )
-from stochastic_depth.extras import require
+from stochastic_depth.extras import require_report
 from stochastic_depth.train.checks import at_least, check_probability
 
 if TYPE_CHECKING:
@@ -81,8 +81,7 @@ def inspect(arguments: list[str]) -> int:
     console = PlainConsole()
     with console.starting():
         if asked.report is not None:
-            for module in ("altair", "jinja2", "vl_convert"):
-                require(module, "report")
+            require_report()
         from stochastic_depth.models.published import published
         from stochastic_depth.surgery import apply, plan
         from stochastic_depth.survival import LinearDecay, Uniform

@@ -9,7 +9,7 @@ import tyro
 from stochastic_depth.cli.arguments import Flag, parse
 from stochastic_depth.cli.outputs import require_output
 from stochastic_depth.errors import ConfigError, RunError
-from stochastic_depth.extras import require
+from stochastic_depth.extras import require_report
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,9 @@ def report(arguments: list[str]) -> int:
 
     console = PlainConsole()
     with console.starting():
-        for module in ("altair", "jinja2", "vl_convert"):
-            require(module, "report")
-        from stochastic_depth.lab.formatting import count_text
+        require_report()
         from stochastic_depth.lab.page import watch_report, write_report
+        from stochastic_depth.plain_text import count_text
     if asked.watch:
         for number, _ in enumerate(watch_report(asked.runs, asked.out, asked.figures)):
             if number == 0:
@@ -61,5 +60,5 @@ def report(arguments: list[str]) -> int:
     console.say(f"{asked.out}: {count_text(drawn, 'figure')}")
     for section in made.sections:
         if not section.figures:
-            console.say(section.said)
+            console.say(section.sentence)
     return 0

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 ABOUT = """Train a recipe at every point of a grid, from several seeds.
 
 The same command again, on this machine or on another that shares the folder,
-joins in. Whatever is killed, the others go on with; nothing is trained twice.
+joins in. If a worker is killed, another one resumes its run; nothing is trained
+twice.
 """
 KINDS: dict[SweepKind, str] = {
     "survival": "values of p_L for linear decay and uniform, and constant depth",
@@ -80,6 +81,13 @@ class Options:
     def chosen_seeds(self) -> tuple[int, ...]:
         return tuple(range(self.config.seed, self.config.seed + self.seeds))
 
+    def stochastic_rule(self) -> RuleName:
+        """The survival rule of the recipe; raises `ConfigError` if it is constant depth."""
+        rule = self.config.survival.rule
+        if rule == "constant":
+            raise ConfigError(f"{self.config.recipe} has constant depth: sweep a stochastic one")
+        return rule
+
 
 @dataclass(frozen=True)
 class SurvivalSweep(Options):
@@ -100,10 +108,7 @@ class DepthSweep(Options):
     def grid(self) -> "Grid":
         from stochastic_depth.lab.sweep.folder import Grid
 
-        rule = self.config.survival.rule
-        if rule == "constant":
-            raise ConfigError(f"{self.config.recipe} has constant depth: sweep a stochastic one")
-        return Grid((rule,), self.survival, self.depths, self.chosen_seeds())
+        return Grid((self.stochastic_rule(),), self.survival, self.depths, self.chosen_seeds())
 
 
 @dataclass(frozen=True)
@@ -116,12 +121,10 @@ class GatesSweep(Options):
     def grid(self) -> "Grid":
         from stochastic_depth.lab.sweep.folder import Grid
 
-        if self.config.survival.rule == "constant":
-            raise ConfigError(f"{self.config.recipe} has constant depth: sweep a stochastic one")
+        rule, depth = self.stochastic_rule(), self.config.model.depth
         check_gatings(self.gatings)
         if len(self.survival) != 1:
             raise ConfigError("sweep gates compares at equal rates: give --survival one value")
-        rule, depth = self.config.survival.rule, self.config.model.depth
         return Grid((rule,), self.survival, (depth,), self.chosen_seeds(), self.gatings)
 
 
@@ -159,9 +162,9 @@ def sweep(arguments: list[str]) -> int:
 def _run(sweep: "Sweep", asked: Options, console: "PlainConsole", again: str) -> int:
     import torch
 
-    from stochastic_depth.lab.formatting import count_text
     from stochastic_depth.lab.sweep.progress import SweepProgress, sweep_table
     from stochastic_depth.lab.sweep.workers import Workers, read_claims
+    from stochastic_depth.plain_text import count_text
     from stochastic_depth.train.signals import StopSignals
 
     threads = asked.threads or max(1, torch.get_num_threads() // asked.workers)
@@ -174,7 +177,7 @@ def _run(sweep: "Sweep", asked: Options, console: "PlainConsole", again: str) ->
         while workers.working() and not stop():
             progress.look(read_claims(sweep))
             for signal in (Counter(workers.killed()) - told).elements():
-                progress.say(f"a worker was killed by signal {signal}; others go on with its run")
+                progress.say(f"a worker was killed by signal {signal}; another one resumes its run")
                 told[signal] += 1
         progress.look([])
         killed = workers.killed()
@@ -188,7 +191,7 @@ def _run(sweep: "Sweep", asked: Options, console: "PlainConsole", again: str) ->
     if left:
         lost = f", {count_text(len(killed), 'worker')} killed" if killed else ""
         console.say(f"{left} of {len(points)} runs are not finished{lost}")
-        console.say(f"go on:  stochastic-depth {again}")
+        console.say(f"resume:  stochastic-depth {again}")
     if signal := stop():
         return 128 + signal
     return int(left > 0 or len(failed) == len(points))

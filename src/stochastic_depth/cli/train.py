@@ -22,7 +22,7 @@ from stochastic_depth.cli.arguments import (
     require_run,
 )
 from stochastic_depth.errors import ConfigError, Interrupted, RunError
-from stochastic_depth.extras import require
+from stochastic_depth.extras import require_report
 from stochastic_depth.recipes import RECIPES, describe_recipe
 from stochastic_depth.train.checks import at_least
 from stochastic_depth.train.config import Config
@@ -38,14 +38,14 @@ Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 
 TRAIN = """Train one network; everything is written to one run folder.
 
-Go on with a run: stochastic-depth train --resume RUN [--data DIR] [--device STR]
+Resume a run: stochastic-depth train --resume RUN [--data DIR] [--device STR]
 
 By N processes: torchrun --nproc-per-node N -m stochastic_depth -- train RECIPE
 """
 COMPARE = """Train a recipe and its constant-depth twin, taking turns by the epoch; show both
 in tables and a picture: errors, seconds, the saving measured and expected.
 
-Started again it goes on where it stopped, and trains nothing twice.
+Started again it resumes where it stopped, and trains nothing twice.
 """
 
 RECIPES_ABOUT = "List the recipes, or show one: source, command, published result and cost."
@@ -63,7 +63,7 @@ class Begin:
 
 @dataclass(frozen=True)
 class Resume:
-    """Go on with a run that was stopped."""
+    """Resume a run that was stopped."""
 
     resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
     """Resume this run from its newest checkpoint, with the configuration it began with."""
@@ -169,31 +169,31 @@ def _begin(begun: Begin, console: "PlainConsole") -> int:
             "torchrun may start this again: give --run DIR, so that it resumes that run"
         )
     if begun.run is not None and restarts() and on_primary(begun.run.exists):
-        run, images = reopen(begun.run)
+        run, batches = reopen(begun.run)
         if run.config != begun.config:
             raise RunError(f"{begun.run} is a run of another configuration: choose another --run")
-        return _train(run, images, console)
+        return _train(run, batches, console)
     path = begun.run or on_primary(lambda: free_path(Path("runs"), begun.config.recipe))
     return _train(*begin(begun.config, path), console)
 
 
-def _train(run: "Run", images: "Batches", console: "PlainConsole") -> int:
-    from stochastic_depth.distributed.world import is_primary, ranks
+def _train(run: "Run", batches: "Batches", console: "PlainConsole") -> int:
+    from stochastic_depth.distributed.world import is_primary, world_size
     from stochastic_depth.train import fit
     from stochastic_depth.train.display import Display
     from stochastic_depth.train.signals import StopSignals
 
     config, runtime = run.config, run.runtime
     console.say(
-        f"{config.recipe}: {config.model.kind} {config.model.depth}, {images.sizes['train']:,} "
+        f"{config.recipe}: {config.model.kind} {config.model.depth}, {batches.sizes['train']:,} "
         f"images → {run.path}"
     )
-    processes = f", {ranks()} processes" if ranks() > 1 else ""
+    processes = f", {world_size()} processes" if world_size() > 1 else ""
     # Wrapped on a terminal, one line elsewhere.
-    console.print(runtime.described() + processes, soft_wrap=not console.is_terminal)
+    console.print(f"{runtime}{processes}", soft_wrap=not console.is_terminal)
     with StopSignals() as stop, Display(console, console.quiet) as display:
         try:
-            for _ in fit(run, images, display.show(), stop):
+            for _ in fit(run, batches, display.show(), stop):
                 pass
         except Interrupted as interrupted:
             return _say_how_to_resume(
@@ -224,7 +224,7 @@ def run_table(run: "Run") -> "Table":
 def _say_how_to_resume(console: "PlainConsole", interrupted: Interrupted, again: str) -> int:
     """Print how to resume; returns the exit code."""
     console.say(f"{interrupted}")
-    console.say(f"go on:  stochastic-depth {again}")
+    console.say(f"resume:  stochastic-depth {again}")
     return 128 + interrupted.signal
 
 
@@ -237,8 +237,7 @@ def compare(arguments: list[str]) -> int:
 
     console, config = PlainConsole(), asked.config
     with console.starting():
-        for module in ("altair", "vl_convert"):
-            require(module, "report")
+        require_report()
         from stochastic_depth.lab import comparison
         from stochastic_depth.lab.pace import SECONDS_AT_END
         from stochastic_depth.lab.tables import tables
@@ -280,7 +279,7 @@ def _fit_epochs(
     else:
         console.print("measuring how long a training step takes here")
         pace = measure_pace(config)
-        console.print(pace.described())
+        console.print(str(pace))
         epochs = pace.epochs_in(end - time.monotonic(), config.epochs)
     if epochs <= (warmup := config.optimizer.warmup_epochs) and warmup:
         raise ConfigError(
@@ -305,8 +304,8 @@ def eval(arguments: list[str]) -> int:
     with console.starting():
         from stochastic_depth.train import reopen, trained_model
         from stochastic_depth.train.step import evaluate_parts
-    run, images = reopen(asked.run, asked.data, asked.device)
-    model, step = trained_model(run, images, asked.checkpoint)
+    run, batches = reopen(asked.run, asked.data, asked.device)
+    model, step = trained_model(run, batches, asked.checkpoint)
     from rich.table import Table
 
     table = Table(
@@ -314,8 +313,8 @@ def eval(arguments: list[str]) -> int:
     )
     for name in ("part", "images", "loss", "error"):
         table.add_column(name, justify="left" if name == "part" else "right")
-    for part, (loss, error) in evaluate_parts(model, images, run.runtime).items():
-        table.add_row(part, f"{images.sizes[part]:,}", f"{loss:.4f}", f"{error:.2f} %")
+    for part, (loss, error) in evaluate_parts(model, batches, run.runtime).items():
+        table.add_row(part, f"{batches.sizes[part]:,}", f"{loss:.4f}", f"{error:.2f} %")
     console.print(table)
     return 0
 

@@ -14,7 +14,7 @@ from stochastic_depth.errors import ApplyError
 from stochastic_depth.gates import Gate
 from stochastic_depth.handle import Handle
 from stochastic_depth.surgery.applied import applied_inside, handle_of
-from stochastic_depth.torch_private import Replicated, gradients_are_awaited, is_replicated
+from stochastic_depth.torch_private import Replicated, in_ddp_forward, uses_replicate
 
 
 def skip_closed(ddp: nn.Module) -> None:
@@ -69,7 +69,7 @@ class _Blocks:
         A block of which a part is in evaluation mode runs whatever its gate is. A pass that is no
         forward pass of DDP may be made on one rank alone: it is noted only if it learns.
         """
-        in_ddp = gradients_are_awaited() or is_replicated(self._whole)
+        in_ddp = in_ddp_forward() or uses_replicate(self._whole)
         with_graph = torch.is_grad_enabled()  # not in the first pass of a reentrant checkpoint
         if not (in_ddp or with_graph) or (gates is None and not (in_ddp and with_graph)):
             return

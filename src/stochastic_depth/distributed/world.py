@@ -74,7 +74,7 @@ def process_group(backend: str, **settings: Any) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def ranks() -> int:
+def world_size() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -98,23 +98,23 @@ def may_restart() -> bool:
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
-def total(value: Tensor) -> Tensor:
+def all_reduce_sum(value: Tensor) -> Tensor:
     """The sum over all ranks, in place."""
-    if ranks() > 1:
+    if world_size() > 1:
         dist.all_reduce(value)
     return value
 
 
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is true on any rank."""
-    if ranks() == 1:
+    if world_size() == 1:
         return flag
-    return bool(total(torch.tensor(int(flag))))
+    return bool(all_reduce_sum(torch.tensor(int(flag))))
 
 
-def as_on_primary(tensors: Iterable[Tensor]) -> None:
+def broadcast_from_primary(tensors: Iterable[Tensor]) -> None:
     """Copy the values of `tensors` from the first rank to all others, in place."""
-    if ranks() > 1:
+    if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)
 
@@ -125,7 +125,7 @@ def on_primary(act: Callable[[], Value]) -> Value:
     Results and errors are pickled between the ranks, which all run this program. In place of an
     error that cannot be pickled, the other ranks raise a RunError with its message.
     """
-    if ranks() == 1:
+    if world_size() == 1:
         return act()
     value, error = None, None
     if is_primary():

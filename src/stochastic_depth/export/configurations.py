@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from stochastic_depth.errors import TruncateError, first_line
-from stochastic_depth.surgery.example import Example, caller, preserve_state
+from stochastic_depth.surgery.example import Example, caller
+from stochastic_depth.surgery.model_state import preserve_state
 from stochastic_depth.tensors import copied, largest_difference, tensors_in
 
 SAME = 1e-6

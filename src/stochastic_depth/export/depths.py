@@ -73,15 +73,19 @@ def without_blocks(
 
 @torch.inference_mode()
 def errors_of(
-    networks: Sequence[nn.Module], images: Batches, part: Part, runtime: Runtime, progress: Progress
+    networks: Sequence[nn.Module],
+    batches: Batches,
+    part: Part,
+    runtime: Runtime,
+    progress: Progress,
 ) -> list[float]:
     """The error of each network on a part of the images, in percent; nan without images.
 
     Each image is read once, for all networks.
     """
     wrong: list[Tensor | int] = [0] * len(networks)
-    seen, total = 0, images.sizes[part] * len(networks)
-    for pixels, labels in images.evaluate(part):
+    seen, total = 0, batches.sizes[part] * len(networks)
+    for pixels, labels in batches.evaluate(part):
         for number, network in enumerate(networks):
             with runtime.autocast():
                 logits = network(pixels)

@@ -8,7 +8,7 @@ from torch import nn
 
 from stochastic_depth.handle import Handle
 from stochastic_depth.surgery.applied import handle_of
-from stochastic_depth.surgery.example import in_evaluation
+from stochastic_depth.surgery.model_state import in_evaluation
 
 
 @dataclass(frozen=True)

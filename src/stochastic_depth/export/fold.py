@@ -11,7 +11,8 @@ from stochastic_depth.errors import FoldError, is_out_of_memory
 from stochastic_depth.export.exponents import Inexact, Trace, exponents
 from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.applied import applied_to, handle_of, remove
-from stochastic_depth.surgery.example import Example, caller, preserve_state
+from stochastic_depth.surgery.example import Example, caller
+from stochastic_depth.surgery.model_state import preserve_state
 from stochastic_depth.surgery.refuse import refuse_sharded
 from stochastic_depth.tensors import copied, largest_difference, tensors_in
 from stochastic_depth.torch_private import tree_map_only

@@ -55,86 +55,90 @@ class Plain:
     """BatchNorm statistics at lower depths, named "N/name" for N remaining blocks."""
 
 
-def plain_network(run: Run, images: Batches, which: CheckpointName = "best") -> Plain:
+def plain_network(run: Run, batches: Batches, which: CheckpointName = "best") -> Plain:
     """The network of a checkpoint as a plain one on the CPU, with p_l in its weights.
 
     Raises:
         CheckpointError: as `trained_model`.
     """
-    return _plain(run, images, *trained_model(run, images, which), ())
+    return _plain(run, batches, *trained_model(run, batches, which), ())
 
 
 def shallower_network(
-    run: Run, images: Batches, which: CheckpointName, depth: float, progress: Progress
+    run: Run, batches: Batches, which: CheckpointName, depth: float, progress: Progress
 ) -> Plain:
     """As `plain_network`, without the blocks that validation needs least.
 
     Raises:
         ApplyError: when the network has no residual blocks.
     """
-    model, step = trained_model(run, images, which)
+    model, step = trained_model(run, batches, which)
     blocks = len(handle_or_always_open(model).blocks)
     count = blocks - blocks_at(depth, blocks)
-    return _plain(run, images, model, step, _order(run, images, model, count, progress))
+    return _plain(run, batches, model, step, _order(run, batches, model, count, progress))
 
 
-def elastic_network(run: Run, images: Batches, which: CheckpointName, progress: Progress) -> Plain:
+def elastic_network(run: Run, batches: Batches, which: CheckpointName, progress: Progress) -> Plain:
     """As `plain_network`, with the order in which its blocks are needed least.
 
     Raises:
         ApplyError: when the network has no residual blocks.
     """
-    model, step = trained_model(run, images, which)
+    model, step = trained_model(run, batches, which)
     blocks = len(handle_or_always_open(model).blocks)
-    order = _order(run, images, model, blocks - 1, progress)
+    order = _order(run, batches, model, blocks - 1, progress)
     last = set(range(blocks)) - set(order)
-    plain = _plain(run, images, model, step, ())
+    plain = _plain(run, batches, model, step, ())
     return replace(plain, description=replace(plain.description, order=(*order, *last)))
 
 
 def _order(
-    run: Run, images: Batches, model: nn.Module, count: int, progress: Progress
+    run: Run, batches: Batches, model: nn.Module, count: int, progress: Progress
 ) -> list[int]:
-    return pruning_order(model, count, lambda: images.evaluate("validation"), run.runtime, progress)
+    return pruning_order(
+        model, count, lambda: batches.evaluate("validation"), run.runtime, progress
+    )
 
 
-def _plain(run: Run, images: Batches, model: nn.Module, step: int, dropped: Sequence[int]) -> Plain:
-    checked = sample(images, CHECKED)
+def _plain(
+    run: Run, batches: Batches, model: nn.Module, step: int, dropped: Sequence[int]
+) -> Plain:
+    checked = sample(batches, CHECKED)
     model = model.cpu().to(memory_format=torch.contiguous_format).eval()  # pyright: ignore[reportCallIssue]
     if dropped:
         keep = [n for n in range(len(handle_of(model).blocks)) if n not in dropped]
-        truncate(model, keep, checked[:4], recalibrate=training_batches(images))
+        truncate(model, keep, checked[:4], recalibrate=training_batches(batches))
     with torch.no_grad():
         expected = model(checked)
     if applied_inside(model):
         fold(model, checked[:4])
-    return Plain(model, _describe(run, images, step, tuple(sorted(dropped))), checked, expected)
+    return Plain(model, _describe(run, batches, step, tuple(sorted(dropped))), checked, expected)
 
 
-def training_batches(images: Batches) -> Iterator[Tensor]:
+def training_batches(batches: Batches) -> Iterator[Tensor]:
     """The first training batches, on the CPU."""
-    return (batch.cpu() for batch, _ in itertools.islice(images.train(0), RECALIBRATION))
+    return (batch.cpu() for batch, _ in itertools.islice(batches.train(0), RECALIBRATION))
 
 
-def sample(images: Batches, count: int) -> Tensor:
+def sample(batches: Batches, count: int) -> Tensor:
     """The first few test images, on the CPU: float32 [count, channels, height, width]."""
-    return next(iter(images.evaluate("test")))[0][:count].cpu().contiguous()
+    return next(iter(batches.evaluate("test")))[0][:count].cpu().contiguous()
 
 
-def _describe(run: Run, images: Batches, step: int, removed: tuple[int, ...]) -> Description:
+def _describe(run: Run, batches: Batches, step: int, removed: tuple[int, ...]) -> Description:
     config = run.config
-    kind, shape = architecture(config.model, images.shape[0], len(images.classes))
+    kind, shape = architecture(config.model, batches.shape[0], len(batches.classes))
     record = next(record for record in run.records() if record.step == step)
     survival: dict[str, Any] = config.to_json()["survival"]
     return Description(
         Architecture(kind.__name__, shape, removed),
         ImageInput(
-            images.shape,
-            images.shorter_side,
-            tuple(images.mean.tolist()),
-            tuple(images.std.tolist()),
+            batches.shape,
+            batches.shorter_side,
+            tuple(batches.mean.tolist()),
+            tuple(batches.std.tolist()),
         ),
-        images.classes,
+        batches.classes,
         survival,
         {
             "run": run.id,
@@ -152,7 +156,7 @@ DEPTHS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 BATCH, ROUNDS = 64, 15
 
 
-def measured(plain: Plain, images: Batches, runtime: Runtime, progress: Progress) -> Plain:
+def measured(plain: Plain, batches: Batches, runtime: Runtime, progress: Progress) -> Plain:
     """Measure the network at each of `DEPTHS`: its error, its cost and its BatchNorm statistics.
 
     The statistics of each lower depth come from training images. Times are measured on a batch of
@@ -164,9 +168,9 @@ def measured(plain: Plain, images: Batches, runtime: Runtime, progress: Progress
     for done, blocks in enumerate(counts):
         progress("recalibrating", done, len(counts))
         removed = order[: len(order) - blocks]
-        again = training_batches(images) if removed else None
+        again = training_batches(batches) if removed else None
         networks[blocks] = without_blocks(model, removed, again)
-    batch = sample(images, BATCH)
+    batch = sample(batches, BATCH)
     flops: list[int] = []
     statistics: dict[str, Tensor] = {}
     for blocks, network in networks.items():
@@ -184,10 +188,10 @@ def measured(plain: Plain, images: Batches, runtime: Runtime, progress: Progress
     seconds = seconds_of(shallower, batch, on_cpu, ROUNDS, progress)
     for network in shallower:
         network.to(runtime.device)
-    validation = errors_of(shallower, images, "validation", runtime, progress)
+    validation = errors_of(shallower, batches, "validation", runtime, progress)
     test = validation
-    if images.held_out:
-        test = errors_of(shallower, images, "test", runtime, progress)
+    if batches.held_out:
+        test = errors_of(shallower, batches, "test", runtime, progress)
     sizes = map(parameters_of, shallower)
     columns = networks, validation, test, sizes, flops, seconds
     choices = tuple(DepthChoice(*row) for row in zip(*columns, strict=True))

@@ -93,8 +93,8 @@ def open_classifier(
         return _open_onnx(path)
     if path.is_file():
         raise ExportError(f"{path}: give a run folder, or a .safetensors or .onnx file")
-    run, images = reopen(path, data, device="cpu")  # where plain networks are
-    plain = plain_network(run, images, which)
+    run, batches = reopen(path, data, device="cpu")  # where plain networks are
+    plain = plain_network(run, batches, which)
     return plain.model, plain.description
 
 

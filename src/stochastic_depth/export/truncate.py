@@ -16,8 +16,9 @@ from stochastic_depth.export.remove_blocks import replace_by_shortcuts
 from stochastic_depth.gates import Gate
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.applied import applied_to, remove
-from stochastic_depth.surgery.blocks import CONTAINERS, FoundBlock
-from stochastic_depth.surgery.example import Example, caller, preserve_state
+from stochastic_depth.surgery.blocks import MODULE_CONTAINERS, FoundBlock
+from stochastic_depth.surgery.example import Example, caller
+from stochastic_depth.surgery.model_state import preserve_state
 from stochastic_depth.surgery.refuse import refuse_nested, refuse_sharded
 from stochastic_depth.tensors import copied, largest_difference, tensors_in
 
@@ -188,7 +189,7 @@ def _removed_with(found: FoundBlock, model: nn.Module, used: Collection[str]) ->
         for name in found.modules
         if name not in used
         and not name.startswith(f"{found.name}.")
-        and isinstance(model.get_submodule(name.rpartition(".")[0]), CONTAINERS)
+        and isinstance(model.get_submodule(name.rpartition(".")[0]), MODULE_CONTAINERS)
     ]
     outermost = [n for n in beside if not any(n.startswith(f"{other}.") for other in beside)]
     return list(dict.fromkeys([found.name, *outermost]))

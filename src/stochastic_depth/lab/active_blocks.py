@@ -8,7 +8,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from stochastic_depth.lab.sources import RecordedRun
+from stochastic_depth.lab.recorded import RecordedRun
 from stochastic_depth.residual import Residual
 from stochastic_depth.train.build import apply_survival, build_model
 

@@ -13,10 +13,10 @@ import torch
 from stochastic_depth.errors import RunError
 from stochastic_depth.files import is_there, write_whole
 from stochastic_depth.lab.drawing import file_png
-from stochastic_depth.lab.formatting import count_text
 from stochastic_depth.lab.outcomes import Experiment, experiments
-from stochastic_depth.lab.sources import read_run
+from stochastic_depth.lab.recorded import read_run
 from stochastic_depth.lab.training_curves import training_curves, training_time
+from stochastic_depth.plain_text import count_text
 from stochastic_depth.recipes import constant_depth
 from stochastic_depth.train import Config, Run, begin, fit, open_run, reopen
 from stochastic_depth.train.display import Display
@@ -100,20 +100,20 @@ def _take_turns(turns: Sequence[Generator[Record]], epochs: int, end: float) -> 
 def _start(
     config: Config, path: Path, display: Display, stop: Callable[[], int | None]
 ) -> tuple[Run, Generator[Record]]:
-    images = None
+    batches = None
     if not is_there(path):
-        run, images = begin(config, path)
+        run, batches = begin(config, path)
     else:
         run = open_run(path)
         if run.config.without_io() != config.without_io():
             raise RunError(f"{path} has another configuration: choose another --out")
         if not is_there(run.weights):
-            run, images = reopen(path, config.data.root)
+            run, batches = reopen(path, config.data.root)
 
     def records() -> Generator[Record]:
-        if images is not None:
+        if batches is not None:
             view = display.show(path.name)
-            yield from fit(run, images, view, stop)
+            yield from fit(run, batches, view, stop)
             display.finish(view)
 
     return run, records()
@@ -149,7 +149,7 @@ def remarks(experiment: Experiment, epochs: int, seeds: int) -> Iterator[str]:
         done = f"{reached:g} of {count_text(planned, 'epoch')}"
         if reached >= planned:
             done = f"{len(trained)} of {seeds} seeds"
-        yield f"stopped after {done}, to end in time: the same command again goes on"
+        yield f"stopped after {done}, to end in time: the same command again resumes it"
 
 
 def write_comparison(
@@ -170,7 +170,7 @@ def write_comparison(
 def _to_json(experiment: Experiment, runs: dict[str, list[Run]]) -> bytes:
     constant, stochastic = experiment.series
     cost = stochastic.cost
-    described = stochastic.runs[0].described
+    description = stochastic.runs[0].description
     content = {
         "comparison": {
             "constant": asdict(constant.outcome),
@@ -181,7 +181,7 @@ def _to_json(experiment: Experiment, runs: dict[str, list[Run]]) -> bytes:
             "saving_expected": cost.saving,
         },
         "config": stochastic.runs[0].run.config.without_io().to_json(),
-        **{k: described[k] for k in ("runtime", "versions", "git_commit", "machine", "created")},
+        **{k: description[k] for k in ("runtime", "versions", "git_commit", "machine", "created")},
         "curves": {
             kind: [[asdict(record) for record in run.records()] for run in runs[kind]]
             for kind in KINDS

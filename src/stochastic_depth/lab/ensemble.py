@@ -12,9 +12,10 @@ from torch import Tensor
 
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.export.depths import Progress
+from stochastic_depth.lab.analyses import same_analysis, write_analysis
 from stochastic_depth.lab.formatting import plus_minus
 from stochastic_depth.lab.outcomes import Spread
-from stochastic_depth.lab.sources import TrainedNetwork, same_analysis, write_analysis
+from stochastic_depth.lab.recorded import TrainedNetwork
 from stochastic_depth.randomness import uniforms
 from stochastic_depth.train import Run
 
@@ -103,7 +104,7 @@ def load_or_measure_ensemble(
     """
     settings = {
         "checkpoint_step": network.step,
-        "images": network.images.sizes["test"],
+        "images": network.batches.sizes["test"],
         "seed": seed,
         "subnetworks": subnetworks,
     }
@@ -138,7 +139,7 @@ def measure_ensemble(
     groups = {
         size: [Score() for _ in range(subnetworks // size)] for size in sizes_up_to(subnetworks)
     }
-    total = network.images.sizes["test"] * (subnetworks + 2)
+    total = network.batches.sizes["test"] * (subnetworks + 2)
     done = 0
 
     def predict(images: Tensor) -> Tensor:
@@ -148,7 +149,7 @@ def measure_ensemble(
         with runtime.autocast():
             return F.log_softmax(network.model(images).double(), 1)
 
-    for images, labels in network.images.evaluate("test"):
+    for images, labels in network.batches.evaluate("test"):
         scaled.add(predict(images), labels)
         with handle.subnetwork([True] * len(handle.blocks)):
             unscaled.add(predict(images), labels)

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 from stochastic_depth.lab.outcomes import Series, Spread, standard_error, timing_differences
-from stochastic_depth.lab.sources import RecordedRun
+from stochastic_depth.lab.recorded import RecordedRun
+from stochastic_depth.plain_text import count_text
 
 
 def percent(spread: Spread) -> str:
@@ -38,11 +39,6 @@ def seeds(count: int) -> str:
     return count_text(count, "seed")
 
 
-def count_text(count: int, what: str) -> str:
-    """The number and its noun: "1 figure", "2,000 figures"."""
-    return f"{count:,} {what}{'s' * (count != 1)}"
-
-
 def runs_text(*counts: int) -> str:
     """How many runs the values of a table are averaged over."""
     if counts == (1,):
@@ -64,7 +60,7 @@ def difference(a: Spread, b: Spread, of_a: Series, of_b: Series) -> str:
     said = f"{of_a.name} is {abs(points):.2f} points {'below' if points < 0 else 'above'}"
     error = standard_error(a, b, len(of_a.runs), len(of_b.runs))
     if error is None:
-        return f"{said}; of one seed each, there is no telling whether that is chance"
+        return f"{said}; with one seed each, this may be chance"
     if abs(points) < 2 * error:
         return f"{said}, less than twice its standard error of {error:.2f}: it may be chance"
     return f"{said}, more than twice its standard error of {error:.2f}"

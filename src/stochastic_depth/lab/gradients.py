@@ -8,7 +8,7 @@ from rich.table import Table
 
 from stochastic_depth.errors import RunError
 from stochastic_depth.lab.outcomes import CONSTANT, Spread
-from stochastic_depth.lab.sources import RecordedRun
+from stochastic_depth.lab.recorded import RecordedRun
 from stochastic_depth.train import Record
 
 

@@ -11,12 +11,12 @@ from stochastic_depth.draw import draw
 from stochastic_depth.files import make_folders, write_whole
 from stochastic_depth.lab.bench.rates import RATES, Saving, measure_rates
 from stochastic_depth.lab.charts import Figure, Key, Row, chart, layered
-from stochastic_depth.lab.formatting import count_text, duration, share
+from stochastic_depth.lab.formatting import duration, share
 from stochastic_depth.lab.page import render
 from stochastic_depth.lab.report import Report, Section
 from stochastic_depth.lab.style import LIGHT, STOCHASTIC
 from stochastic_depth.lab.tables import ReportTable, Tile
-from stochastic_depth.plain_text import si
+from stochastic_depth.plain_text import count_text, si
 from stochastic_depth.surgery import Summary
 from stochastic_depth.train.config import Config
 from stochastic_depth.train.runtime import machine, resolve_runtime

@@ -17,20 +17,15 @@ import torch
 
 from stochastic_depth.data.sources import SOURCES
 from stochastic_depth.errors import ApplyError
-from stochastic_depth.lab.sources import RecordedRun
+from stochastic_depth.lab.recorded import RecordedRun
 from stochastic_depth.lab.style import CONSTANT_COLOUR, STOCHASTIC
+from stochastic_depth.models.networks import NETWORKS
+from stochastic_depth.plain_text import count_text
 from stochastic_depth.surgery import summary
 from stochastic_depth.train import Config, Record, SurvivalConfig, best_record
 from stochastic_depth.train.build import apply_survival, build_model
 from stochastic_depth.train.config import ModelConfig
 from stochastic_depth.train.schedule_config import ScheduleConfig
-
-FAMILIES = {
-    "cifar-resnet": "ResNet",
-    "imagenet-resnet": "ResNet",
-    "densenet": "DenseNet",
-    "vit": "ViT",
-}
 
 
 @dataclass(frozen=True)
@@ -93,13 +88,14 @@ class Outcome:
 
 
 def distinct(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
-    """Each seed of a configuration on the same data once.
+    """One run for each seed of a configuration on the same data.
 
-    Of several runs, one that has not failed, that has come farthest, and that began last is taken.
+    Where there are several, a run that has not failed is preferred, then the one with most records,
+    then the newest.
     """
 
     def merits(run: RecordedRun) -> tuple[bool, int, str]:
-        return not run.failed, len(run.records), run.described["created"]
+        return not run.failed, len(run.records), run.description["created"]
 
     best: dict[tuple[Config, int, str], RecordedRun] = {}
     for run in runs:
@@ -175,7 +171,7 @@ Average = Literal["median", "mean"]
 
 @dataclass(frozen=True)
 class Series:
-    """The runs of one kind of training, one for each seed."""
+    """The runs of one configuration, one for each seed."""
 
     name: str
     colour: str
@@ -281,7 +277,7 @@ class Experiment:
         if all(run.finished for run in self.runs):
             return ""
         reached, epochs = min(run.records[-1].epoch for run in self.runs), self.config.epochs
-        return f"after {reached:g} of {epochs} epoch{'s' * (epochs != 1)}"
+        return f"after {reached:g} of {count_text(epochs, 'epoch')}"
 
     def comparable(self) -> "Experiment":
         """The part that can be compared: finished runs if every series has one, or equal epochs.
@@ -325,7 +321,8 @@ def experiments(runs: Sequence[RecordedRun]) -> list[Experiment]:
 
 def describe(config: Config) -> str:
     """The network, the data and the epochs, as text."""
-    return f"{FAMILIES[config.model.kind]}-{config.model.depth} on {describe_data(config)}"
+    network = NETWORKS[config.model.kind]
+    return f"{network.family}-{config.model.depth} on {describe_data(config)}"
 
 
 def describe_data(config: Config) -> str:
@@ -333,7 +330,7 @@ def describe_data(config: Config) -> str:
     data = SOURCES[config.data.name].title
     if config.data.train is not None:
         data += f" ({config.data.train:,} images)"
-    return f"{data}, {config.epochs} epoch{'s' * (config.epochs != 1)}"
+    return f"{data}, {count_text(config.epochs, 'epoch')}"
 
 
 def _series(runs: list[RecordedRun]) -> tuple[Series, ...]:
@@ -373,10 +370,10 @@ def _names(stochastic: list[SurvivalConfig]) -> list[str]:
 
 
 def timing_differences(runs: Iterable[RecordedRun]) -> list[str]:
-    """In what runs differ on which their seconds depend; empty if these can be compared."""
+    """What affects speed and differs between the runs; empty if their seconds can be compared."""
     found: dict[str, set[str]] = {}
     for run in runs:
-        machine, runtime = dict(run.described["machine"]), run.run.runtime
+        machine, runtime = dict(run.description["machine"]), run.run.runtime
         for name, value in (
             ("threads", machine.pop("threads", None)),
             ("machine", machine),

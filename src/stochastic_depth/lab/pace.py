@@ -8,8 +8,8 @@ from itertools import cycle
 import torch
 
 from stochastic_depth.lab.comparison import twins
-from stochastic_depth.lab.formatting import count_text
 from stochastic_depth.lab.outcomes import expected_cost
+from stochastic_depth.plain_text import count_text
 from stochastic_depth.train import Config
 from stochastic_depth.train.open import open_batches
 from stochastic_depth.train.runtime import resolve_runtime
@@ -49,7 +49,7 @@ class Pace:
         """How many epochs of both networks fit into `seconds`, from `FEWEST_EPOCHS` to `wanted`."""
         return max(min(FEWEST_EPOCHS, wanted), min(wanted, int(seconds / self.epoch)))
 
-    def described(self) -> str:
+    def __str__(self) -> str:
         """A sentence: the time of a step with each number of threads, and the chosen one."""
         of_each = ", ".join(
             f"{seconds:.2f} s with {count_text(threads, 'thread')}"

@@ -16,10 +16,10 @@ from markupsafe import Markup
 from stochastic_depth.files import make_folders, write_whole
 from stochastic_depth.lab.charts import Figure
 from stochastic_depth.lab.drawing import NARROW, WIDE, file_png, file_svg, page_svg
-from stochastic_depth.lab.formatting import count_text
+from stochastic_depth.lab.recorded import Sources, read_sources, state_of
 from stochastic_depth.lab.report import Report, build_report
-from stochastic_depth.lab.sources import Sources, read_sources, state_of
 from stochastic_depth.lab.style import style_sheet
+from stochastic_depth.plain_text import count_text
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from stochastic_depth.export.depths import (
     without_blocks,
 )
 from stochastic_depth.export.fold import fold
+from stochastic_depth.lab.analyses import same_analysis, write_analysis
 from stochastic_depth.lab.formatting import plus_minus, runs_text
 from stochastic_depth.lab.options import PruningOptions
 from stochastic_depth.lab.outcomes import Spread
-from stochastic_depth.lab.sources import TrainedNetwork, same_analysis, write_analysis
+from stochastic_depth.lab.recorded import TrainedNetwork
 from stochastic_depth.tensors import copied
 from stochastic_depth.train.runtime import machine
 
@@ -66,7 +67,7 @@ def load_or_measure_curves(
     what = {
         "checkpoint_step": network.step,
         "blocks": len(network.handle.blocks),
-        "images": network.images.sizes["test"],
+        "images": network.batches.sizes["test"],
         "settings": asdict(settings),
         "machine": machine(network.run.runtime),
     }
@@ -86,7 +87,7 @@ def measure_curves(
     network: TrainedNetwork, settings: PruningOptions, progress: Progress
 ) -> list[Curve]:
     """Both orders of removal, each as trained and with recalibrated BatchNorm statistics."""
-    blocks, images, runtime = len(network.handle.blocks), network.images, network.run.runtime
+    blocks, batches, runtime = len(network.handle.blocks), network.batches, network.run.runtime
     orders: dict[Order, list[int]] = {
         "last": list(range(blocks))[::-1],
         "least needed": _least_needed(network, settings.choose_on, progress),
@@ -94,8 +95,8 @@ def measure_curves(
     counts = sorted({round(i * blocks / (settings.points - 1)) for i in range(settings.points)})
     removals = {tuple(sorted(order[:k])): None for order in orders.values() for k in counts}
     mini_batches = -(-settings.recalibrate_on // network.run.config.optimizer.batch)
-    training_images = [batch for batch, _ in islice(images.train(0), mini_batches)]
-    batch = next(iter(images.evaluate("test")))[0][: settings.batch]
+    training_images = [batch for batch, _ in islice(batches.train(0), mini_batches)]
+    batch = next(iter(batches.evaluate("test")))[0][: settings.batch]
     plain = copied(network.model)
     fold(plain, batch[:4])
     as_it_is: dict[tuple[int, ...], nn.Module] = {}
@@ -106,8 +107,8 @@ def measure_curves(
         with runtime.autocast():
             recalibrated[removed] = without_blocks(plain, removed, training_images)
     networks = [*as_it_is.values(), *recalibrated.values()]
-    test = errors_of(networks, images, "test", runtime, progress)
-    validation = errors_of(networks, images, "validation", runtime, progress)
+    test = errors_of(networks, batches, "test", runtime, progress)
+    validation = errors_of(networks, batches, "validation", runtime, progress)
     errors = dict(zip(networks, zip(test, validation, strict=True), strict=True))
     networks = list(as_it_is.values())
     times = seconds_of(networks, batch, runtime, settings.repeats, progress)
@@ -128,8 +129,8 @@ def measure_curves(
 
 def _least_needed(network: TrainedNetwork, choose_on: int, progress: Progress) -> list[int]:
     """All blocks in the order in which to remove them, by the loss on validation images."""
-    validation = network.images.sizes["validation"]
-    few = list(spread(network.images.evaluate("validation"), validation, choose_on))
+    validation = network.batches.sizes["validation"]
+    few = list(spread(network.batches.evaluate("validation"), validation, choose_on))
     blocks = len(network.handle.blocks)
     return pruning_order(network.model, blocks, lambda: few, network.run.runtime, progress)
 

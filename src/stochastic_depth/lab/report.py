@@ -9,7 +9,6 @@ from stochastic_depth.lab.active_blocks_chart import active_blocks_figure, drop_
 from stochastic_depth.lab.bench.depth_chart import depth_cost
 from stochastic_depth.lab.charts import Figure
 from stochastic_depth.lab.ensemble_chart import ensemble_figure
-from stochastic_depth.lab.formatting import count_text
 from stochastic_depth.lab.gradients_chart import block_gradients, gradient_strength
 from stochastic_depth.lab.outcomes import (
     Experiment,
@@ -19,10 +18,11 @@ from stochastic_depth.lab.outcomes import (
     experiments,
 )
 from stochastic_depth.lab.pruning_chart import pruned_blocks
-from stochastic_depth.lab.sources import RecordedRun, RecordedSweep, Sources
+from stochastic_depth.lab.recorded import RecordedRun, RecordedSweep, Sources
 from stochastic_depth.lab.sweep.charts import depth_sweep, gates_sweep, survival_sweep
 from stochastic_depth.lab.tables import ReportTable, Tile, flat, overview, settings, tables, tiles
 from stochastic_depth.lab.training_curves import training_curves, training_time
+from stochastic_depth.plain_text import count_text
 
 COMMANDS = {
     "ensemble": "stochastic-depth analyze ensemble RUN",
@@ -42,7 +42,7 @@ class Section:
 
     title: str
     figures: tuple[Figure, ...]
-    said: str = ""
+    sentence: str = ""
     tiles: tuple[Tile, ...] = ()
     tables: tuple[ReportTable, ...] = ()
     settings: tuple[tuple[str, str], ...] = ()

@@ -15,7 +15,7 @@ from stochastic_depth.lab.formatting import (
     timing_note,
 )
 from stochastic_depth.lab.outcomes import Experiment, RunOutcome, Series, Spread
-from stochastic_depth.lab.sources import RecordedRun
+from stochastic_depth.lab.recorded import RecordedRun
 from stochastic_depth.recipes import PUBLISHED, RECIPES, Published
 from stochastic_depth.train import Config
 
@@ -59,10 +59,10 @@ def published_for(series: Series) -> tuple[Config, Published] | None:
     return None
 
 
-Found = dict[str, tuple[Config, Published] | None]
+PublishedBySeries = dict[str, tuple[Config, Published] | None]
 
 
-def _errors(now: Experiment, published: Found) -> ReportTable:
+def _errors(now: Experiment, published: PublishedBySeries) -> ReportTable:
     head = ["", "seeds", "best validation", "last epoch"]
     rows = [
         [
@@ -83,7 +83,7 @@ def _errors(now: Experiment, published: Found) -> ReportTable:
     return ReportTable("Test error", head, rows, " ".join([note, *_sources(now, found)]))
 
 
-def _seconds(now: Experiment, published: Found) -> ReportTable:
+def _seconds(now: Experiment, published: PublishedBySeries) -> ReportTable:
     interval = "epoch" if now.config.evaluate_every is None else "interval"
     head = ["", "training", f"{now.average} {interval}", "ratio"]
     base = now.constant
@@ -212,7 +212,7 @@ DESCRIBED = ("runtime", "machine", "versions", "git_commit", "created")
 def settings(runs: Sequence[RecordedRun]) -> tuple[list[tuple[str, str]], ReportTable]:
     """The settings that all runs share, and a table with those in which they differ."""
     described = [
-        flat({**run.described["config"], **{k: run.described.get(k) for k in DESCRIBED}})
+        flat({**run.description["config"], **{k: run.description.get(k) for k in DESCRIBED}})
         for run in runs
     ]
     names = list(dict.fromkeys(name for one in described for name in one))

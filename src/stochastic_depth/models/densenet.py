@@ -5,6 +5,8 @@ feature maps of all layers before it at its resolution, so nothing bypasses a la
 residual unit, and `sd.apply` raises an error that says so.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -58,6 +60,9 @@ class DenseNet(nn.Module):
     Raises:
         ConfigError: when depth does not have that form, or compression is not in (0, 1].
     """
+
+    family: ClassVar = "DenseNet"
+    """The name of the network before its depth, in tables."""
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ can be dropped too.
 """
 
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,9 @@ class CifarResNet(nn.Module):
     Raises:
         ConfigError: when depth is not 6n + 2.
     """
+
+    family: ClassVar = "ResNet"
+    """The name of the network before its depth, in tables."""
 
     def __init__(
         self,
@@ -148,6 +152,9 @@ class ImageNetResNet(nn.Module):
     Raises:
         ConfigError: when depth is not one of these.
     """
+
+    family: ClassVar = "ResNet"
+    """The name of the network before its depth, in tables."""
 
     def __init__(
         self,

@@ -4,6 +4,8 @@ It has pre-norm units, fixed two-dimensional sine and cosine positions, and the 
 instead of a class token (Beyer, Zhai and Kolesnikov 2022, arXiv:2205.01580).
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,6 +69,9 @@ class VisionTransformer(nn.Module):
     Raises:
         ConfigError: when depth is below 1.
     """
+
+    family: ClassVar = "ViT"
+    """The name of the network before its depth, in tables."""
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from stochastic_depth.block import Routes, count_inside, owned_parameters
+from stochastic_depth.block import ParameterOwners, Routes
 from stochastic_depth.choices import Closed, GateKind, Granularity, Scale, SkippedPolicy
 from stochastic_depth.draw import integer
 from stochastic_depth.errors import ApplyError, SurvivalError
@@ -135,11 +135,13 @@ def apply(
             default. Weights that were trained at constant depth evaluate worse under it.
 
     Raises:
-        ApplyError: when `model` has no residual block, has stochastic depth already, or is wrapped
-            for several processes already.
+        ApplyError: when an argument has an unknown value or conflicts with another; when `include`
+            or `exclude` matches no module; or when `model` has no residual block, has stochastic
+            depth already, or is wrapped, traced or compiled already.
+        ExampleError: when `model` does not run on `example`.
         UnsupportedBlockError: when a block cannot be made skippable; `model` is then as it was
             before.
-        SurvivalError: when a p_l is outside (0, 1].
+        SurvivalError: when a p_l is outside (0, 1], or `drop_rate` outside [0, 1).
         GateError: when `seed` is not an integer.
 
     Examples:
@@ -208,13 +210,13 @@ def _scale(scale: Scale | None, closed: Closed, as_drop_path: bool) -> Scale:
 
 def _hooks(model: nn.Module, handle: Handle, made: Skippable) -> tuple[RemovableHandle, ...]:
     """Register the hooks that draw gates and that reset attributes which branches set."""
-    there = count_inside(name for name, _ in model.named_parameters(remove_duplicate=False))
-    shared = ((r, owned_parameters(model, names, there)) for r, names in made.routes.parameters)
-    around = ForwardHooks(model, handle, Routes(made.routes.blocks, tuple(shared)))
+    owners = ParameterOwners(model)
+    shared = tuple((route, owners.of(names)) for route, names in made.routes.parameters)
+    hooks = ForwardHooks(model, handle, Routes(made.routes.blocks, shared))
     resets = made.proved.resets
     return (
-        model.register_forward_pre_hook(around.before_forward, with_kwargs=True),
-        model.register_forward_hook(around.after_forward, always_call=True),
+        model.register_forward_pre_hook(hooks.before_forward, with_kwargs=True),
+        model.register_forward_hook(hooks.after_forward, always_call=True),
         *([model.register_forward_pre_hook(ResetAttributes(resets))] if resets else ()),
     )
 

@@ -23,7 +23,7 @@ from stochastic_depth.surgery.record.branches import Occurrence
 Mechanism = Literal["Residual", "registered", "slice", "call", "deferred", "none"]
 """How a block is made skippable; `PlannedBlock.mechanism` explains the names."""
 
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+MODULE_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Unit:
     """The modules that get the gate, each with the edit that puts the gate into its code."""
     additions: tuple[tuple[nn.Module, AdditionEdit], ...]
     """The modules whose code adds, each with the edit of the addition."""
-    events: tuple[Occurrence, ...] = ()
+    occurrences: tuple[Occurrence, ...] = ()
     """The additions that a deferred unit made in the recorded forward passes."""
     modules: frozenset[str] = frozenset()
     """Names of the modules that its branch calls."""
@@ -63,7 +63,7 @@ class FoundBlock:
     """The reason why it cannot be made skippable; empty if it can."""
     training_only: bool = False
     """Whether the model runs it in training mode only."""
-    change: str = ""
+    in_place_problem: str = ""
     """How its branch changes its shortcut in place; empty if it does not."""
 
     def names_in_branch(self) -> Collection[str]:
@@ -136,7 +136,11 @@ def is_repeated(name: str, modules: Mapping[str, nn.Module]) -> bool:
     container = modules[name.rpartition(".")[0]]
     siblings = list(container.children())
     alike = sum(type(sibling) is type(modules[name]) for sibling in siblings)
-    return bool(name) and isinstance(container, CONTAINERS) and (alike > 1 or len(siblings) == 1)
+    return (
+        bool(name)
+        and isinstance(container, MODULE_CONTAINERS)
+        and (alike > 1 or len(siblings) == 1)
+    )
 
 
 def nothing_found(
@@ -160,14 +164,19 @@ def nothing_found(
 
 
 def unsupported(
-    name: str, module: nn.Module, why: object, others: Sequence[str] = ()
+    name: str,
+    module: nn.Module,
+    why: object,
+    others: Sequence[str] = (),
+    *,
+    of_model: bool = False,
 ) -> UnsupportedBlockError:
     """The error that names a block, its class and the reason, which holds for `others` too."""
-    error = UnsupportedBlockError(
-        f"block {name!r} ({type(module).__name__}) cannot be made skippable: {why}"
+    return UnsupportedBlockError(
+        f"block {name!r} ({type(module).__name__}) cannot be made skippable: {why}",
+        blocks=(name, *others),
+        of_model=of_model,
     )
-    error.blocks = (name, *others)
-    return error
 
 
 def with_remedy(
@@ -194,12 +203,11 @@ def with_remedy(
     else:
         remedy = "no other block of the model can be skipped, as far as was tried"
     otherwise = "or tell" if rest else "tell"
-    advised = UnsupportedBlockError(
+    return UnsupportedBlockError(
         f"{error}; {remedy}; {otherwise} sd.apply how to skip it, with sd.register_unit, or build "
-        "it from sd.Residual"
+        "it from sd.Residual",
+        blocks=error.blocks,
     )
-    advised.blocks = error.blocks
-    return advised
 
 
 def is_inside(name: str, outer: str) -> bool:

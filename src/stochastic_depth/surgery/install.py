@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from stochastic_depth.block import Block, count_inside, owned_parameters
+from stochastic_depth.block import Block, ParameterOwners
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.gates import BlockGates
 from stochastic_depth.residual import Residual
@@ -70,18 +70,18 @@ def put_gates(model: nn.Module, found: Sequence[FoundBlock], select: bool) -> li
     """Install gates in the modules of all blocks, one for each unit, and return the blocks."""
     edits: dict[nn.Module, dict[Edit, BlockGates]] = {}
     blocks: list[Block] = []
-    there = count_inside(name for name, _ in model.named_parameters(remove_duplicate=False))
+    owners = ParameterOwners(model)
     for block in found:
         if isinstance(block.module, Residual):
             install(block.module, {})
             block.module.gates = BlockGates()
-            blocks.append(_block(model, there, block, (block.module.gates,)))
+            blocks.append(_block(owners, block, (block.module.gates,)))
             continue
         gates = tuple(BlockGates() for _ in block.units)
         for unit, of_unit in zip(block.units, gates, strict=True):
             for module, edit in unit.edits:
                 edits.setdefault(module, {})[edit] = of_unit
-        blocks.append(_block(model, there, block, gates))
+        blocks.append(_block(owners, block, gates))
     if any(block.is_deferred for block in found):
         edits.setdefault(model, {})[EntryEdit()] = BlockGates()
     block_of = {m: block for block in found for unit in block.units for m, _ in unit.edits}
@@ -94,15 +94,13 @@ def put_gates(model: nn.Module, found: Sequence[FoundBlock], select: bool) -> li
     return blocks
 
 
-def _block(
-    model: nn.Module, there: Mapping[str, int], found: FoundBlock, gates: tuple[BlockGates, ...]
-) -> Block:
+def _block(owners: ParameterOwners, found: FoundBlock, gates: tuple[BlockGates, ...]) -> Block:
     edited = (module for unit in found.units for module, _ in unit.edits)
-    owned = owned_parameters(model, found.parameters, there)
+    owned = owners.of(found.parameters)
     gate_readers = tuple(dict.fromkeys(edited)) or (found.module,)
     inside = set(found.module.modules())
-    around = gate_readers[0] if inside.isdisjoint(gate_readers) else found.module
-    return Block(found.name, gates, found.parameters, found.module, gate_readers, owned, around)
+    observed = gate_readers[0] if inside.isdisjoint(gate_readers) else found.module
+    return Block(found.name, gates, found.parameters, found.module, gate_readers, owned, observed)
 
 
 def take_gates(model: nn.Module) -> None:

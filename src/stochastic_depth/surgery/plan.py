@@ -108,6 +108,12 @@ def plan(
     Values are not compared, so this works on the meta device too. `sd.apply` may still refuse a
     block whose outputs are wrong, or that cannot run on some of the samples (gate="subset").
 
+    Args:
+        example, survival, drop_rate, include, exclude, granularity, stacks: as for `sd.apply`.
+
+    Returns:
+        The blocks, and the additions that are none; `print(plan)` shows them as a table.
+
     Raises:
         ApplyError: as `sd.apply`.
         SurvivalError: when a p_l is outside (0, 1].

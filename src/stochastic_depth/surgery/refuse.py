@@ -9,7 +9,7 @@ from stochastic_depth.surgery.install import is_installed
 from stochastic_depth.tensors import tensors_in
 
 _SHARDED = "torch.distributed.fsdp"
-_ENGINES = ("torch.nn.parallel", "torch.distributed.fsdp", "torch.distributed._composable")
+_WRAPPERS = ("torch.nn.parallel", "torch.distributed.fsdp", "torch.distributed._composable")
 
 
 def refuse(model: nn.Module, example: object) -> None:
@@ -34,7 +34,7 @@ def _refuse_applied(model: nn.Module) -> None:
 def refuse_sharded(model: nn.Module, verb: str) -> None:
     """Raise `ApplyError` if `model` is sharded, so that no process has all of its weights."""
     for name, module in model.named_modules():
-        if any(base.__module__.startswith(_SHARDED) for base in type(module).__mro__):
+        if _base_from(_SHARDED, of=module):
             raise ApplyError(
                 f"{name or 'the model'!r} is sharded, so that no process has all of its weights: "
                 "build the model again, call sd.apply with the same settings, load the gathered "
@@ -60,23 +60,27 @@ def _refuse_wrapped(model: nn.Module) -> None:
                 f"{name or type(model).__name__!r} is scripted already, so its code cannot be "
                 "changed: sd.apply the original model, and script the model after sd.fold"
             )
-        for base in type(module).__mro__:
-            if base.__module__.startswith("torch._dynamo"):
-                raise ApplyError(
-                    f"{name or 'the model'!r} is compiled already (torch.compile): sd.apply the "
-                    "original model, then sd.compile_blocks(model)"
-                )
-            if base is nn.DataParallel:
-                raise ApplyError(
-                    "nn.DataParallel runs copies of the model in threads, which would draw "
-                    "different gates: sd.apply its .module, and train it in "
-                    "torch.nn.parallel.DistributedDataParallel, one process for each GPU"
-                )
-            if base.__module__.startswith(_ENGINES):
-                raise ApplyError(
-                    f"{base.__name__} is wrapped around blocks of this model already: "
-                    "sd.apply(model) first, then wrap or shard it"
-                )
+        if _base_from("torch._dynamo", of=module):
+            raise ApplyError(
+                f"{name or 'the model'!r} is compiled already (torch.compile): sd.apply the "
+                "original model, then sd.compile_blocks(model)"
+            )
+        if isinstance(module, nn.DataParallel):
+            raise ApplyError(
+                "nn.DataParallel runs copies of the model in threads, which would draw different "
+                "gates: sd.apply its .module, and train it in "
+                "torch.nn.parallel.DistributedDataParallel, one process for each GPU"
+            )
+        if wrapper := _base_from(*_WRAPPERS, of=module):
+            raise ApplyError(
+                f"{wrapper.__name__} is wrapped around blocks of this model already: "
+                "sd.apply(model) first, then wrap or shard it"
+            )
+
+
+def _base_from(*packages: str, of: nn.Module) -> type | None:
+    """The first class of `of` that one of these packages defines, or None."""
+    return next((c for c in type(of).__mro__ if c.__module__.startswith(packages)), None)
 
 
 def refuse_nested(example: object) -> None:

@@ -13,11 +13,12 @@ from stochastic_depth.block import Block, force
 from stochastic_depth.choices import Closed, GateKind
 from stochastic_depth.gates import CLOSED, OPEN
 from stochastic_depth.handle import Handle
-from stochastic_depth.plain_text import plain_table, si
+from stochastic_depth.plain_text import count_text, plain_table, si
 from stochastic_depth.surgery.applied import applied_to, handle_of, owner_of
-from stochastic_depth.surgery.example import Example, caller, preserve_state, total
+from stochastic_depth.surgery.example import Example, caller, sum_of_outputs
 from stochastic_depth.surgery.flops import CountFlops
 from stochastic_depth.surgery.gated_class import fingerprint
+from stochastic_depth.surgery.model_state import preserve_state
 from stochastic_depth.survival import StepDependent
 from stochastic_depth.tensors import tensors_in
 
@@ -54,7 +55,8 @@ class Summary:
     closed: Closed = "skipped"
     """What a closed block saves."""
     gate: GateKind = "batch"
-    """What has a gate of its own; masks for single samples save nothing."""
+    """How gates are drawn: one for the mini-batch or one for each sample; masks ("sample") save
+    nothing."""
     gating: str = ""
     """How gates are drawn, where this differs from the paper; and the schedule of the drop
     rates."""
@@ -112,7 +114,7 @@ class Summary:
         ]
         full = f"{si(self.forward)} forward, {si(self.backward)} backward at full depth"
         calls = [
-            f"{operator} ({count} call{'s' * (count != 1)})"
+            f"{operator} ({count_text(count, 'call')})"
             for operator, count in self.uncounted.items()
         ]
         uncounted = f"not counted: the FLOPs of {', '.join(calls)}" if calls else ""
@@ -198,7 +200,7 @@ def _gating(handle: Handle) -> str:
         parts = []
     if handle.settings.closed == "forward-only":
         parts.append("closed branches run forward only")
-    schedule = handle.probabilities.described()["schedule"]
+    schedule = handle.probabilities.to_json()["schedule"]
     if schedule is not None:
         values = ", ".join(f"{k}={v}" for k, v in schedule.items() if k != "name")
         parts.append(f"schedule: {schedule['name']}({values})")
@@ -209,7 +211,7 @@ def _count(run: Callable[[], Any]) -> tuple[int, int, Counter[str]]:
     """FLOPs of the forward and of the backward pass, and the calls that could not be counted."""
     with CountFlops() as forward:
         output = run()
-    loss = total(output)
+    loss = sum_of_outputs(output)
     with CountFlops() as backward:
         if loss is not None:  # something is trained
             loss.backward()
@@ -228,9 +230,7 @@ def _inputs(model: nn.Module, blocks: list[Block], run: Callable[[], Any]) -> di
         return hook
 
     handles = [
-        model.get_submodule(block.name).register_forward_pre_hook(
-            record(block.name), with_kwargs=True
-        )
+        block.module.register_forward_pre_hook(record(block.name), with_kwargs=True)
         for block in blocks
     ]
     try:

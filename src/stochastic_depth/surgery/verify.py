@@ -13,8 +13,9 @@ from stochastic_depth.errors import ApplyError
 from stochastic_depth.handle import Handle
 from stochastic_depth.plain_text import plain_table
 from stochastic_depth.surgery.applied import applied_to, owner_of
-from stochastic_depth.surgery.example import Example, caller, preserve_state
+from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.flops import CountFlops
+from stochastic_depth.surgery.model_state import preserve_state
 from stochastic_depth.surgery.proof.prove import prove
 from stochastic_depth.surgery.proof.training import train_once
 from stochastic_depth.surgery.refuse import refuse_nested, refuse_sharded
@@ -39,7 +40,7 @@ class Verification:
 
     @property
     def efficiency(self) -> float:
-        """Time saved over FLOPs saved, with every other block closed; nan without saving."""
+        """Time saved over FLOPs saved, with every other block open; nan without saving."""
         saved = 1 - self.flops[1]
         return (1 - self.seconds[1] / self.seconds[0]) / saved if saved else math.nan
 
@@ -67,9 +68,9 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
     of blocks are closed, such that for any two blocks some set closes the first and not the second;
     the outputs equal those of the original model in which the additions of these blocks return
     their shortcut, in evaluation and in training mode. No module of a closed branch is called, and
-    training steps work. With gates for single samples, half of the samples have the same outputs as
-    among all. `sd.apply` checks the same. Then forward and backward passes are timed, in turns. The
-    model is not changed.
+    training steps work. With gates for single samples, a batch of half of the samples gives them
+    the same outputs as the whole batch. `sd.apply` checks the same. Then forward and backward
+    passes are timed, in turns. The model is not changed.
 
     Args:
         model: a model that `sd.apply` was called on.
@@ -118,7 +119,11 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
         drop_paths={},
     )
     every_other = [n % 2 == 0 and len(blocks) > 1 for n in range(len(blocks))]
-    patterns = {"all": [True] * len(blocks), "half": every_other, "none": [False] * len(blocks)}
+    patterns = {
+        "all": [True] * len(blocks),
+        "every other": every_other,
+        "none": [False] * len(blocks),
+    }
     with preserve_state(model):
         model.train()
         steps = {name: _step(step, handle, gates) for name, gates in patterns.items()}
@@ -130,8 +135,8 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
         len(blocks),
         proved.sets,
         proved.difference,
-        (1.0, flops["half"] / full, flops["none"] / full),
-        (seconds["all"], seconds["half"], seconds["none"]),
+        (1.0, flops["every other"] / full, flops["none"] / full),
+        (seconds["all"], seconds["every other"], seconds["none"]),
     )
 
 

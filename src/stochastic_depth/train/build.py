@@ -8,7 +8,7 @@ from torch import nn
 
 from stochastic_depth.data import Batches
 from stochastic_depth.distributed import synchronise_batchnorm
-from stochastic_depth.distributed.world import ranks
+from stochastic_depth.distributed.world import world_size
 from stochastic_depth.errors import ApplyError, ConfigError
 from stochastic_depth.handle import Handle
 from stochastic_depth.models import DenseNet, Network
@@ -91,7 +91,7 @@ def build_network(
     """The network of a configuration on its device; and its handle, if it has stochastic depth."""
     model = build_model(config.model, batches.shape[0], len(batches.classes), config.seed)
     model = model.to(device=runtime.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    if ranks() > 1 and config.distributed.sync_batchnorm:
+    if world_size() > 1 and config.distributed.sync_batchnorm:
         model = synchronise_batchnorm(model)
     steps = config.epochs * batches.steps_per_epoch
     return model, apply_survival(model, config.survival, config.seed, steps)
@@ -121,10 +121,10 @@ def require_trainable(config: Config, batches: Batches) -> None:
             f"give --data.size {size}, or leave it out"
         )
     images = images_in(batches.steps_per_epoch - 1, config, batches)
-    if images // ranks() < 2:
+    if images // world_size() < 2:
         raise ConfigError(
             f"optimizer.batch is {config.optimizer.batch}: the last mini-batch of an epoch has "
-            f"{images} images, and each of {ranks()} processes needs 2 of them (BatchNorm)"
+            f"{images} images, and each of {world_size()} processes needs 2 of them (BatchNorm)"
         )
 
 

@@ -70,12 +70,12 @@ class RunView:
     began_at_step: int = 0
 
     def begin(self, run: Run, train_state: TrainState) -> None:
-        self.epochs, self.steps = run.config.epochs, train_state.steps
+        self.epochs, self.steps = run.config.epochs, train_state.total_steps
         self.blocks = train_state.blocks
         self.step_done = self.began_at_step = train_state.step
         self.began = time.monotonic()
         if train_state.step:
-            self.say(f"going on at step {train_state.step} of {train_state.steps}")
+            self.say(f"resuming at step {train_state.step} of {train_state.total_steps}")
 
     def step(self, train_state: TrainState, loss: Tensor) -> None:
         self.step_done, self.loss, self.gates = train_state.step, loss, train_state.gates

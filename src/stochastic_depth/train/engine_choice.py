@@ -9,7 +9,7 @@ import torch
 from stochastic_depth.block_program.library import why_unavailable, why_unmeasured
 from stochastic_depth.block_program.program import why_unsupported
 from stochastic_depth.data.sources import SOURCES
-from stochastic_depth.distributed.world import ranks
+from stochastic_depth.distributed.world import world_size
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.models import DenseNet
 from stochastic_depth.models.networks import NETWORKS
@@ -97,8 +97,8 @@ def _why_images_unsupported(config: Config) -> str | None:
 
 def _why_program_unsupported(config: Config) -> str | None:
     """Why the block program cannot train this configuration; None if it can."""
-    if ranks() > 1:
-        return f"the block program supports one process, {ranks()} are training"
+    if world_size() > 1:
+        return f"the block program supports one process, {world_size()} are training"
     network, survival = NETWORKS[config.model.kind], config.survival
     if survival.rule == "constant":
         return why_unsupported(network)

@@ -15,7 +15,7 @@ from stochastic_depth.block_program.kernels import Kernels
 from stochastic_depth.block_program.library import private_cache
 from stochastic_depth.block_program.native import NativeKernels
 from stochastic_depth.distributed import skip_closed
-from stochastic_depth.distributed.world import ranks
+from stochastic_depth.distributed.world import world_size
 from stochastic_depth.handle import Handle
 from stochastic_depth.surgery import compile_blocks
 from stochastic_depth.train.build import (
@@ -25,7 +25,7 @@ from stochastic_depth.train.build import (
 )
 from stochastic_depth.train.engine_choice import KernelsName
 from stochastic_depth.train.runtime import Runtime
-from stochastic_depth.train.step import Measured, measured, train_step
+from stochastic_depth.train.step import StepMetrics, step_metrics, train_step
 
 KERNELS: dict[KernelsName, Callable[[torch.dtype], Kernels]] = {
     "reference": lambda dtype: Kernels(),
@@ -36,14 +36,17 @@ KERNELS: dict[KernelsName, Callable[[torch.dtype], Kernels]] = {
 
 _OPTION = "forward_sync_buffers"
 _PARAMETERS = inspect.signature(DistributedDataParallel).parameters
-_BUFFERS: dict[str, Any] = {_OPTION if _OPTION in _PARAMETERS else "broadcast_buffers": False}
-"""BatchNorm statistics are copied between ranks at evaluations, not in every step."""
+_DDP_OPTIONS: dict[str, Any] = {
+    "gradient_as_bucket_view": True,
+    # BatchNorm statistics are copied between ranks at evaluations, not in every step.
+    _OPTION if _OPTION in _PARAMETERS else "broadcast_buffers": False,
+}
 
 
 class Engine(Protocol):
     """Takes training steps of one network."""
 
-    def step(self, images: Tensor, labels: Tensor, weight: float = 1) -> Measured: ...
+    def step(self, images: Tensor, labels: Tensor, weight: float = 1) -> StepMetrics: ...
 
     @property
     def block_gradients(self) -> Sequence[Tensor | None]:
@@ -68,12 +71,12 @@ class AutogradEngine:
         if compiled:
             handle_or_always_open(model)  # only blocks are compiled
             compile_blocks(model)
-        if ranks() > 1:
-            self._model = DistributedDataParallel(model, gradient_as_bucket_view=True, **_BUFFERS)
+        if world_size() > 1:
+            self._model = DistributedDataParallel(model, **_DDP_OPTIONS)
             if handle is not None:
                 skip_closed(self._model)
 
-    def step(self, images: Tensor, labels: Tensor, weight: float = 1) -> Measured:
+    def step(self, images: Tensor, labels: Tensor, weight: float = 1) -> StepMetrics:
         return train_step(
             self._model, self._optimizer, images, labels, self._first_weight, self._runtime, weight
         )
@@ -112,12 +115,12 @@ class ProgramEngine:
         """How many bytes the last step saved for its backward pass."""
         return self._program.bytes_saved
 
-    def step(self, images: Tensor, labels: Tensor, weight: float = 1) -> Measured:
+    def step(self, images: Tensor, labels: Tensor, weight: float = 1) -> StepMetrics:
         self._was_full = images.shape == self._shape
         if not self._was_full:
             return self._autograd.step(images, labels, weight)
         loss = self._program.step(images, labels)
-        return measured(loss, self._program.stem_gradient)
+        return step_metrics(loss, self._program.stem_gradient)
 
     @property
     def block_gradients(self) -> Sequence[Tensor | None]:

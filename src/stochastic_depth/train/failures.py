@@ -1,4 +1,4 @@
-"""Errors of a run that cannot go on; they name the step, its gates and the last good checkpoint."""
+"""Errors that end a run; they name the step, its gates and the last good checkpoint."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -95,7 +95,7 @@ def as_engine_error() -> Iterator[None]:
         why = next((line for line in lines if ": error:" in line), first_line(error))
         raise EngineError(
             f"PyTorch's compiler has failed ({why[:300]}): begin a run with --engine eager; or "
-            "repair its compiler, which the environment variable CXX names, and go on with this run"
+            "repair its compiler, which the environment variable CXX names, and resume this run"
         ) from error
 
 

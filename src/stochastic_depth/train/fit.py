@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stochastic_depth.data import Batches
-from stochastic_depth.distributed.world import any_rank, on_primary, ranks
+from stochastic_depth.distributed.world import any_rank, on_primary, world_size
 from stochastic_depth.errors import CheckpointError, Interrupted, RunError
 from stochastic_depth.files import is_there
 from stochastic_depth.processes import peak_resident
@@ -83,7 +83,7 @@ def fit(
         journal, records = _restore(run, train_state, callback)
         callback.begin(run, train_state)
         stream = _stream(batches, train_state.step)
-        while train_state.step < train_state.steps or train_state.metrics.images:
+        while train_state.step < train_state.total_steps or train_state.metrics.images:
             record = None
             with as_interruption(run, train_state, stop):
                 if _finish_interval(run, train_state, stream, callback, stop):
@@ -121,7 +121,7 @@ def _restore(run: Run, train_state: TrainState, callback: Callback) -> tuple[str
         records.
     """
     # If several processes train, only the first needs access to the folder.
-    device = run.runtime.device if ranks() == 1 else "cpu"
+    device = run.runtime.device if world_size() == 1 else "cpu"
     state, refused = on_primary(lambda: run.checkpoints.newest(device))
     for reason in refused:
         callback.say(f"{reason}; using the one before it")
@@ -129,7 +129,7 @@ def _restore(run: Run, train_state: TrainState, callback: Callback) -> tuple[str
         threads = torch.get_num_threads()
         if not run.runtime.on_gpu and threads != run.runtime.threads:
             callback.say(
-                f"begun with {run.runtime.threads} threads, going on with {threads}: sums are "
+                f"begun with {run.runtime.threads} threads, resumed with {threads}: sums are "
                 "rounded differently (set OMP_NUM_THREADS for bitwise identical results)"
             )
         began, now = on_primary(lambda: open_run(run.path)).runtime, run.runtime
@@ -185,7 +185,7 @@ def _finish_interval(
     stop: Callable[[], int | None],
 ) -> bool:
     """Train up to the next evaluation; returns False if a stop signal comes first."""
-    end = min(train_state.steps, train_state.begun + train_state.interval)
+    end = min(train_state.total_steps, train_state.interval_start + train_state.interval)
     check_every = _STEPS_BETWEEN_CHECKS if train_state.runtime.on_gpu else 1
     began = time.perf_counter()
     stopping = any_rank(bool(stop()))
@@ -193,10 +193,10 @@ def _finish_interval(
         measured = train_state.advance(*next(stream))
         callback.step(train_state, measured.loss)
         is_due = train_state.step % check_every == 0 or train_state.step == end
-        if is_due or (stop() and ranks() == 1):
+        if is_due or (stop() and world_size() == 1):
             position = train_state.metrics.first_diverged(check_every)
             if position is not None:
-                step = train_state.begun + position
+                step = train_state.interval_start + position
                 gates = open_blocks(train_state.gates_at(step))
                 raise diverged(run, step, f"with {gates}, the loss")
             stopping = any_rank(bool(stop()))

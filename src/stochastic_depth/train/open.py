@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
+from stochastic_depth import data
 from stochastic_depth.choices import CheckpointName
-from stochastic_depth.data import Batches, Shard, batches
-from stochastic_depth.distributed.world import on_primary, rank, ranks
+from stochastic_depth.data import Batches, Shard
+from stochastic_depth.distributed.world import on_primary, rank, world_size
 from stochastic_depth.errors import CheckpointError, ConfigError, DataError
 from stochastic_depth.files import is_there
 from stochastic_depth.train.build import build_network, require_trainable
@@ -28,10 +30,10 @@ def begin(config: Config, path: Path) -> tuple[Run, Batches]:
     """
     on_primary(lambda: refuse_existing(path))
     runtime = resolve_runtime(config)
-    images = open_batches(config, runtime)
-    require_trainable(config, images)
-    data = images.fingerprint, images.classes, images.shape
-    return on_primary(lambda: create_run(path, config, runtime, *data)), images
+    batches = open_batches(config, runtime)
+    require_trainable(config, batches)
+    trained_on = batches.fingerprint, batches.classes, batches.shape
+    return on_primary(lambda: create_run(path, config, runtime, *trained_on)), batches
 
 
 def reopen(
@@ -65,7 +67,9 @@ def reopen(
                 f"{error}. {path} began on {began.device}: add --device cpu to compute elsewhere, "
                 f"or resume it by stochastic-depth train --resume {path} --device cpu"
             ) from error
-    several = ranks() > 1 and began.engine == "program"  # which trains in a single process only
+    several = (
+        world_size() > 1 and began.engine == "program"
+    )  # which trains in a single process only
     now = resolve_runtime(
         replace(
             config,
@@ -76,14 +80,14 @@ def reopen(
     )
     if several or now.device != began.device:
         run = replace(run, runtime=now)
-    images = open_batches(config, run.runtime)
-    run.require_data(images.fingerprint)
-    return run, images
+    batches = open_batches(config, run.runtime)
+    run.require_data(batches.fingerprint)
+    return run, batches
 
 
 def open_batches(config: Config, runtime: Runtime) -> Batches:
     """The data of `config`, on the device on which it is trained."""
-    return batches(
+    return data.batches(
         config.data.name,
         config.data.root,
         batch=config.optimizer.batch,
@@ -95,14 +99,14 @@ def open_batches(config: Config, runtime: Runtime) -> Batches:
         size=config.data.size,
         download=config.data.download,
         workers=config.data.workers,
-        shard=Shard(rank(), ranks()),
+        shard=Shard(rank(), world_size()),
     )
 
 
 def trained_model(
-    run: Run, images: Batches, which: CheckpointName = "best"
+    run: Run, batches: Batches, which: CheckpointName = "best"
 ) -> tuple[nn.Module, int]:
-    """The network of a checkpoint in evaluation mode, its branches scaled by p_l; and its step.
+    """The network of a checkpoint, in evaluation mode; and its step.
 
     If the last checkpoint of a finished run is missing, its final weights are the same network.
 
@@ -114,9 +118,30 @@ def trained_model(
         RunError: when the weights in the folder belong to another run, or are needed and damaged.
     """
     require_weights_of(run.id, run.weights)
+    newest, step = _newest_and_chosen(run, run.config.epochs * batches.steps_per_epoch, which)
+    state = None  # the final weights are needed only where the last checkpoint is missing
+    if step != newest or step in run.checkpoints.steps():
+        state = _load_state(run, step, is_newest=step == newest)
+    model, handle = build_network(run.config, run.runtime, batches)
+    with as_checkpoint_error(step):
+        if state is None:
+            state = {"model": read_weights(run.weights, run.id)}
+        model.load_state_dict(state["model"])
+        if handle is not None and "handle" in state:
+            handle.load_state_dict(state["handle"])
+        elif handle is not None:
+            handle.step = step
+    return model.eval(), step
+
+
+def _newest_and_chosen(run: Run, last_step: int, which: CheckpointName) -> tuple[int, int]:
+    """The steps of the newest checkpoint, or final weights, and of the one that is asked for.
+
+    Raises:
+        CheckpointError: when there is none.
+    """
     records, steps = run.records(), run.checkpoints.steps()
-    whole = run.config.epochs * images.steps_per_epoch
-    finished = bool(records) and records[-1].step == whole and is_there(run.weights)
+    finished = bool(records) and records[-1].step == last_step and is_there(run.weights)
     newest = records[-1].step if finished else max(steps, default=0)
     evaluated = [record for record in records if record.step <= newest]
     if len(records) > 1 and not newest:  # the first one is written before its checkpoint
@@ -126,29 +151,20 @@ def trained_model(
         )
     if not evaluated:
         raise CheckpointError(
-            f"{run.path} has no evaluated checkpoint yet: go on with it by "
+            f"{run.path} has no evaluated checkpoint yet: resume it by "
             f"stochastic-depth train --resume {run.path}"
         )
-    step = best_record(evaluated).step if which == "best" else newest
-    if step == newest and step not in steps:
-        model, handle = build_network(run.config, run.runtime, images)
-        with as_checkpoint_error(step):
-            model.load_state_dict(read_weights(run.weights, run.id))
-        if handle is not None:
-            handle.step = step
-        return model.eval(), step
+    return newest, best_record(evaluated).step if which == "best" else newest
+
+
+def _load_state(run: Run, step: int, *, is_newest: bool) -> dict[str, Any]:
+    """The checkpoint of `step`; if it is damaged, the error names the newest one."""
     try:
-        state = run.checkpoints.load(step, run.runtime.device)
+        return run.checkpoints.load(step, run.runtime.device)
     except CheckpointError as error:
-        if step == newest:
+        if is_newest:
             raise
         raise CheckpointError(
             f"{error}. Put a copy in its place, or use the newest one: --checkpoint last "
             '(which="last", in Python)'
         ) from error
-    model, handle = build_network(run.config, run.runtime, images)
-    with as_checkpoint_error(step):
-        model.load_state_dict(state["model"])
-        if handle is not None:
-            handle.load_state_dict(state["handle"])
-    return model.eval(), step

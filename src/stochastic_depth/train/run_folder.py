@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from stochastic_depth.distributed.world import ranks
+from stochastic_depth.distributed.world import world_size
 from stochastic_depth.errors import DataError, RunError
 from stochastic_depth.files import (
     SMALL,
@@ -149,7 +149,7 @@ def remove_untrained_on_error(runs: Sequence[Run]) -> Iterator[None]:
     try:
         yield
     except DataError:
-        if ranks() == 1:
+        if world_size() == 1:
             for run in runs:
                 run.remove_untrained()
         raise
@@ -195,21 +195,21 @@ def open_run(path: Path) -> Run:
         RunError: when `path` contains no run, or its `config.json` is not valid.
     """
     path = layout.with_name(path)
-    described = path / layout.CONFIG
+    config_file = path / layout.CONFIG
     try:
-        text = read_file(described, SMALL)
+        text = read_file(config_file, SMALL)
     except OSError as error:
-        why = f"{described} cannot be read: {reason(error)}"
+        why = f"{config_file} cannot be read: {reason(error)}"
         raise RunError(f"{path} is not a run folder: {why}") from None
     if not text.strip():
         raise RunError(
-            f"{described} is empty: put the original back, or remove {path} and begin another run"
+            f"{config_file} is empty: put the original back, or remove {path} and begin another run"
         )
     try:
         values = json.loads(text)
         if not isinstance(values, dict) or "format" not in values:
             raise RunError(
-                f"{described} does not describe a run: put the original back, or give another "
+                f"{config_file} does not describe a run: put the original back, or give another "
                 "folder"
             )
         if values["format"] != FORMAT:
@@ -220,7 +220,7 @@ def open_run(path: Path) -> Run:
             )
         if values.pop("sha256", None) != checksum(values):
             raise RunError(
-                f"{described} is damaged or was edited, its checksum does not match: put the "
+                f"{config_file} is damaged or was edited, its checksum does not match: put the "
                 "original back, or begin another run (what a run does cannot be changed)"
             )
         channels, height, width = restore(tuple[int, ...], values["data"]["shape"], "data.shape")
@@ -234,7 +234,7 @@ def open_run(path: Path) -> Run:
             (channels, height, width),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RunError(f"{described} cannot be understood: {error}") from error
+        raise RunError(f"{config_file} cannot be understood: {error}") from error
 
 
 def checksum(description: dict[str, Any]) -> str:
@@ -252,7 +252,7 @@ def refuse_existing(path: Path) -> None:
         return
     if is_there(path / layout.CONFIG):
         raise RunError(
-            f"{path} exists already: go on with it by --resume {path}, or choose another --run"
+            f"{path} exists already: resume it by --resume {path}, or choose another --run"
         )
     raise RunError(f"{path} exists already, and is not a run: choose another --run")
 

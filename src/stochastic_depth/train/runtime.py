@@ -30,7 +30,7 @@ class Runtime:
     """Kernels of the block program."""
     engine_because: str = "as asked"
 
-    def described(self) -> str:
+    def __str__(self) -> str:
         """Device, precision and engine, and why this engine."""
         kernels = "" if self.kernels == "reference" else f", {self.kernels} kernels"
         return (

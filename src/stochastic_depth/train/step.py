@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from stochastic_depth.data import Batches
 from stochastic_depth.data.batching import Part
-from stochastic_depth.distributed.world import ranks, total
+from stochastic_depth.distributed.world import all_reduce_sum, world_size
 from stochastic_depth.draw import open_shares
-from stochastic_depth.surgery.example import in_evaluation
+from stochastic_depth.surgery.model_state import in_evaluation
 from stochastic_depth.torch_private import norms
 from stochastic_depth.train.runtime import Runtime
 
 
-class Measured(NamedTuple):
+class StepMetrics(NamedTuple):
     """Results of one training step: scalars on the device, so that the host need not wait."""
 
     loss: Tensor
@@ -37,7 +37,7 @@ def train_step(
     first_weight: nn.Parameter,
     runtime: Runtime,
     weight: float = 1,
-) -> Measured:
+) -> StepMetrics:
     """Forward pass, backward pass, update. `model` itself draws the gates.
 
     Args:
@@ -55,13 +55,13 @@ def train_step(
     loss.backward()
     optimizer.step()
     assert first_weight.grad is not None
-    return measured(total(loss.detach() / ranks()), first_weight.grad)
+    return step_metrics(all_reduce_sum(loss.detach() / world_size()), first_weight.grad)
 
 
-def measured(loss: Tensor, gradient: Tensor) -> Measured:
+def step_metrics(loss: Tensor, gradient: Tensor) -> StepMetrics:
     """The results of a step, from its loss and the gradient at the first convolution."""
     gradient = gradient.flatten()
-    return Measured(loss, gradient.norm(), gradient.abs().mean())
+    return StepMetrics(loss, gradient.norm(), gradient.abs().mean())
 
 
 class Evaluation(NamedTuple):
@@ -75,7 +75,7 @@ class Evaluation(NamedTuple):
 def evaluate(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], runtime: Runtime
 ) -> Evaluation:
-    """Evaluate the full network, with every branch scaled by p_l. Counts are exact.
+    """Evaluate the network at full depth, in evaluation mode. Counts are exact.
 
     If several processes train, each passes its shard as `batches`, and all get the results over all
     shards. Without any batch, loss and error are nan.
@@ -90,7 +90,7 @@ def evaluate(
             sums[0] += loss
             sums[1] += wrong
             sums[2] += len(labels)
-    loss, wrong, seen = total(sums).tolist()
+    loss, wrong, seen = all_reduce_sum(sums).tolist()
     return Evaluation(loss / seen, 100 * wrong / seen) if seen else Evaluation(math.nan, math.nan)
 
 
@@ -123,14 +123,14 @@ class IntervalMetrics:
     """The measurements of all steps since the last evaluation; part of every checkpoint."""
 
     measured: list[Tensor] = field(default_factory=list)
-    """One `Measured` a step, as a tensor [3] on the device."""
+    """One `StepMetrics` a step, as a tensor [3] on the device."""
     images: list[int] = field(default_factory=list)
     block_gradients: list[Tensor] = field(default_factory=list)
     """For each sampled step, the mean absolute gradient at the first convolution of each block, nan
     where the block was closed: [L] on the device."""
     seconds: float = 0.0
 
-    def add(self, measured: Measured, images: int) -> None:
+    def add(self, measured: StepMetrics, images: int) -> None:
         """Add the measurements of one step."""
         self.measured.append(torch.stack(measured))
         self.images.append(images)
@@ -160,12 +160,12 @@ class IntervalMetrics:
         diverged = (~losses.isfinite()).nonzero().flatten().tolist()
         return start + diverged[0] if diverged else None
 
-    def means(self) -> Measured:
+    def means(self) -> StepMetrics:
         """The mean of the loss over images, and of the gradients over steps: float64."""
         values = torch.stack(self.measured).double().cpu()
         images = torch.tensor(self.images, dtype=torch.float64)
         loss = (values[:, 0] * images).sum() / images.sum()
-        return Measured(loss, *values[:, 1:].mean(0))
+        return StepMetrics(loss, *values[:, 1:].mean(0))
 
     def block_means(self, blocks: int) -> list[float | None]:
         """Mean gradient of each block over the sampled steps in which it was open, or None."""

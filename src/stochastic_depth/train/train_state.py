@@ -10,7 +10,12 @@ from torch import Tensor
 
 from stochastic_depth.data import Batches, Shard
 from stochastic_depth.distributed import gates_by_rank
-from stochastic_depth.distributed.world import as_on_primary, rank, ranks, total
+from stochastic_depth.distributed.world import (
+    all_reduce_sum,
+    broadcast_from_primary,
+    rank,
+    world_size,
+)
 from stochastic_depth.residual import Residual
 from stochastic_depth.train.build import (
     build_network,
@@ -22,7 +27,7 @@ from stochastic_depth.train.checkpoint import as_checkpoint_error
 from stochastic_depth.train.config import Config
 from stochastic_depth.train.engines import Engine, build_engine
 from stochastic_depth.train.runtime import Runtime
-from stochastic_depth.train.step import IntervalMetrics, Measured
+from stochastic_depth.train.step import IntervalMetrics, StepMetrics
 
 
 class TrainState:
@@ -35,12 +40,12 @@ class TrainState:
         self.config, self.runtime = config, runtime
         self._batches = batches
         self.steps_per_epoch = batches.steps_per_epoch
-        self.steps = config.epochs * batches.steps_per_epoch
+        self.total_steps = config.epochs * batches.steps_per_epoch
         self.model, self.handle = build_network(config, runtime, batches)
         self.model.train()
         self.blocks = sum(isinstance(module, Residual) for module in self.model.modules())
-        if ranks() > 1 and self.handle is not None:
-            self.handle.parts = ranks()
+        if world_size() > 1 and self.handle is not None:
+            self.handle.balanced_parts = world_size()
             if config.distributed.rank_gates:
                 gates_by_rank(self.model)
         self.optimizer = build_optimizer(config.optimizer, self.model)
@@ -60,14 +65,16 @@ class TrainState:
         return self.step / self.steps_per_epoch
 
     @property
-    def begun(self) -> int:
+    def interval_start(self) -> int:
         """The step with which the current interval began."""
         return self.step - len(self.metrics.images)
 
     @property
     def learning_rate(self) -> float:
         """The learning rate of the next step."""
-        return learning_rate(self.config.optimizer, self.step, self.steps, self.steps_per_epoch)
+        return learning_rate(
+            self.config.optimizer, self.step, self.total_steps, self.steps_per_epoch
+        )
 
     @property
     def gates(self) -> Tensor:
@@ -87,22 +94,22 @@ class TrainState:
         gates, the steps of all processes are counted.
         """
         counts = torch.zeros(self.blocks + 1, dtype=torch.int64)
-        for step in range(self.begun, self.step):
+        for step in range(self.interval_start, self.step):
             counts += self.gates_at(step).sum(0).reshape(-1).bincount(minlength=self.blocks + 1)
-        return total(counts) if self.config.distributed.rank_gates else counts
+        return all_reduce_sum(counts) if self.config.distributed.rank_gates else counts
 
     def expected_active_blocks(self) -> float:
         """The sum of p_l, averaged over the steps of the current interval."""
         if self.handle is None:
             return float(self.blocks)
-        steps = range(self.begun, self.step)
+        steps = range(self.interval_start, self.step)
         return fmean(fsum(self.handle.survival_at(step)) for step in steps)
 
     def images_of(self, step: int) -> int:
         """The number of images in the mini-batch of a step, over all processes."""
         return images_in(step, self.config, self._batches)
 
-    def advance(self, images: Tensor, labels: Tensor) -> Measured:
+    def advance(self, images: Tensor, labels: Tensor) -> StepMetrics:
         """Take one training step, and add its measurements to the interval.
 
         Args:
@@ -111,9 +118,9 @@ class TrainState:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         batch = self.images_of(self.step)
-        if self.handle is not None and ranks() > 1:
-            self.handle.share = Shard(rank(), ranks()).slice_of(batch).start, batch
-        measured = self._engine.step(images, labels, len(labels) * ranks() / batch)
+        if self.handle is not None and world_size() > 1:
+            self.handle.rank_samples = Shard(rank(), world_size()).slice_of(batch).start, batch
+        measured = self._engine.step(images, labels, len(labels) * world_size() / batch)
         self.metrics.add(measured, batch)
         if self.step % self._sampled_every == 0:
             self.metrics.add_block_gradients(self._engine.block_gradients, self.gates)
@@ -122,7 +129,7 @@ class TrainState:
 
     def synchronise_statistics(self) -> None:
         """Copy the BatchNorm statistics of the first process to all others."""
-        as_on_primary(self.model.buffers())
+        broadcast_from_primary(self.model.buffers())
 
     def weights_are_finite(self) -> bool:
         return all(bool(p.isfinite().all()) for p in self.model.state_dict().values())

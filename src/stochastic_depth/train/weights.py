@@ -112,5 +112,5 @@ def _require_run(path: Path, about: Mapping[str, str], run_id: str) -> None:
     if owner != run_id:
         raise RunError(
             f"{path} belongs to another run ({escaped(owner)[:40]}, not {run_id}): remove it, and "
-            f"go on by stochastic-depth train --resume {path.parent}, which writes it again"
+            f"resume by stochastic-depth train --resume {path.parent}, which writes it again"
         )

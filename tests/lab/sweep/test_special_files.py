@@ -5,7 +5,7 @@ import os
 import pytest
 
 from stochastic_depth.errors import RunError
-from stochastic_depth.lab.sources import read_sources
+from stochastic_depth.lab.recorded import read_sources
 from stochastic_depth.lab.sweep.folder import open_sweep
 from stochastic_depth.lab.sweep.workers import train_point
 from support.small_sweep import GRID, SMALL

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from stochastic_depth.draw import draw
 from stochastic_depth.lab.bench.workload import saved_for_backward
 from stochastic_depth.surgery import Summary, handle_of
-from stochastic_depth.surgery.example import caller, preserve_state, total
+from stochastic_depth.surgery.example import caller, sum_of_outputs
+from stochastic_depth.surgery.model_state import preserve_state
 from stochastic_depth.survival import LinearDecay, survival_probabilities
 from stochastic_depth.timing import take_turns
 
@@ -56,7 +57,7 @@ def measure_rates(
 
         def step(gates: Tensor) -> Tensor:
             with handle.forced(gates), torch.enable_grad():
-                loss = total(run())
+                loss = sum_of_outputs(run())
                 if loss is not None:  # something is trained
                     loss.backward()
             model.zero_grad()

@@ -16,8 +16,8 @@ from rich.progress import track
 from rich.table import Table
 
 from stochastic_depth.files import write_whole
-from stochastic_depth.lab.formatting import count_text
 from stochastic_depth.lab.options import BenchOptions
+from stochastic_depth.plain_text import count_text
 from stochastic_depth.timing import Timing, take_turns
 from stochastic_depth.train.runtime import Runtime, machine, versions
 
@@ -94,7 +94,7 @@ def bench_table(title: str, runtime: Runtime, first: str, *columns: str) -> Tabl
     """A table that says what it was measured on; the column `first` names the row."""
     about = machine(runtime)
     place = about.get("gpu", about["processor"]) or "processor unknown"
-    caption = f"{place}, {count_text(runtime.threads, 'thread')}; ours: {runtime.described()}"
+    caption = f"{place}, {count_text(runtime.threads, 'thread')}; ours: {runtime}"
     table = Table(title=title, caption=caption, caption_justify="left")
     table.add_column(first)
     for name in columns:

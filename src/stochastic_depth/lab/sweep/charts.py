@@ -10,7 +10,7 @@ import altair as alt
 from stochastic_depth.lab.charts import Figure, Key, Row, chart, colour, layered, log_axis
 from stochastic_depth.lab.formatting import duration, percent, plus_minus, seeds, timing_note
 from stochastic_depth.lab.outcomes import CONSTANT, RunOutcome, Series, Spread, experiments
-from stochastic_depth.lab.sources import RecordedSweep
+from stochastic_depth.lab.recorded import RecordedSweep
 from stochastic_depth.lab.style import CONSTANT_COLOUR, HEAT, STOCHASTIC
 
 KEYS = {
@@ -308,5 +308,5 @@ def _gating_sentence(errors: Mapping[str, list[float]]) -> str:
     if len(pair) == 2:
         clauses.append(f"one coin for all samples or for each: {' and '.join(pair)}")
     if any(spread.deviation is None for spread in spreads.values()):
-        clauses.append("of one seed there is no telling whether that is chance")
+        clauses.append("with one seed, this may be chance")
     return f"{'; '.join(clauses)}."

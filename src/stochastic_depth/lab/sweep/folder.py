@@ -164,9 +164,9 @@ def open_sweep(folder: Path, kind: SweepKind, grid: Grid, config: Config) -> Swe
         RunError: when `folder` contains another sweep, or something else.
     """
     sweep = Sweep(folder, kind, grid, config)
-    described = folder / "sweep.json"
+    sweep_file = folder / "sweep.json"
     _require_own(folder)
-    if not is_there(described):
+    if not is_there(sweep_file):
         _require_trainable(sweep)
     wanted = {
         "format": FORMAT,
@@ -177,9 +177,9 @@ def open_sweep(folder: Path, kind: SweepKind, grid: Grid, config: Config) -> Swe
     }
     _make(folder)
     with FileLock(folder / "lock"):
-        if not is_there(described):
-            write_whole(described, json.dumps(wanted, indent=1).encode() + b"\n")
-    found = _read(described)
+        if not is_there(sweep_file):
+            write_whole(sweep_file, json.dumps(wanted, indent=1).encode() + b"\n")
+    found = _read(sweep_file)
     for name, value in wanted.items():
         if found.get(name) != value:
             difference = _difference(name, found.get(name), value)
@@ -194,9 +194,9 @@ def _require_trainable(sweep: Sweep) -> None:
     """
     tried = {(p.rule, p.depth, p.gating): config for p, config in sweep.configs.items()}
     runtimes = [resolve_runtime(config) for config in tried.values()]
-    images = open_batches(sweep.config, replace(runtimes[0], device="cpu"))
+    batches = open_batches(sweep.config, replace(runtimes[0], device="cpu"))
     for config in tried.values():
-        require_trainable(config, images)
+        require_trainable(config, batches)
 
 
 def read_sweep(folder: Path) -> Sweep:
@@ -205,11 +205,11 @@ def read_sweep(folder: Path) -> Sweep:
     Raises:
         RunError: when its description cannot be understood.
     """
-    described = folder / "sweep.json"
-    found = _read(described)
+    sweep_file = folder / "sweep.json"
+    found = _read(sweep_file)
     if found.get("format") != FORMAT:
         raise RunError(
-            f"{described} has format {found.get('format')}, this version reads {FORMAT}: use the "
+            f"{sweep_file} has format {found.get('format')}, this version reads {FORMAT}: use the "
             "version that wrote it"
         )
     try:
@@ -218,7 +218,7 @@ def read_sweep(folder: Path) -> Sweep:
             layout.with_name(folder), found["kind"], grid, Config.from_json(found["config"])
         )
     except (AttributeError, ConfigError, KeyError, TypeError) as error:
-        raise RunError(f"{described} is not of a sweep: {error!r}") from error
+        raise RunError(f"{sweep_file} is not of a sweep: {error!r}") from error
 
 
 def _require_own(folder: Path) -> None:
@@ -244,14 +244,14 @@ def _make(folder: Path) -> None:
         raise RunError(f"{folder} cannot be a sweep's folder: {reason(error)}") from error
 
 
-def _read(described: Path) -> dict[str, Any]:
+def _read(sweep_file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(read_file(described, SMALL))
+        found = json.loads(read_file(sweep_file, SMALL))
         if not isinstance(found, dict):
             raise TypeError("it holds no object")
         return found
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RunError(f"{described} cannot be understood: {error}") from error
+        raise RunError(f"{sweep_file} cannot be understood: {error}") from error
 
 
 def _difference(name: str, found: Any, wanted: Any) -> str:

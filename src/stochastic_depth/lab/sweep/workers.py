@@ -193,8 +193,8 @@ def train_point(sweep: Sweep, point: Point, stop: Callable[[], int | None]) -> N
     if sweep.ended(point):
         return
     try:
-        run, images = _open(sweep, point)
-        for _ in fit(run, images, _UnusualEvents(point.name), stop):
+        run, batches = _open(sweep, point)
+        for _ in fit(run, batches, _UnusualEvents(point.name), stop):
             pass
     except DivergedError as error:
         sweep.fail(point, str(error))
@@ -213,11 +213,11 @@ def _open(sweep: Sweep, point: Point) -> tuple[Run, Batches]:
         shutil.rmtree(path)  # its process was killed while it removed the folder
     if not is_there(path):
         return begin(config, path)
-    run, images = reopen(path, config.data.root)
+    run, batches = reopen(path, config.data.root)
     if run.config.without_io() != config.without_io():
         raise RunError(f"{path} has another configuration than its sweep: remove it")
     torch.set_num_threads(run.runtime.threads)  # so that sums are rounded as before
-    return run, images
+    return run, batches
 
 
 def _work(sweep: Sweep, threads: int) -> None:

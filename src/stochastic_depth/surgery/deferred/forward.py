@@ -113,8 +113,8 @@ class _DeferredCalls:
             if len(each.additions_of) < each.calls
             and not any(each.module in m.module.modules() for m in self.modules if m is not each)
         ]
-        """The modules of which calls that belong to no branch are told from the others by counting;
-        without those inside of others, which are called less often when these are not called."""
+        """The modules of which only some calls belong to a branch; counting tells which. A module
+        inside another of them is left out, because skipping the outer one changes its count."""
         self.give_tensor = set[Any]()
         """The deferred calls whose result is one tensor, by module and form of the arguments. The
         number of tensors in other results may depend on shapes."""

@@ -29,8 +29,8 @@ from stochastic_depth.surgery.deferred.placeholder import (
     value,
     with_values,
 )
-from stochastic_depth.surgery.example import (
-    CONTAINERS,
+from stochastic_depth.surgery.model_state import (
+    COLLECTIONS,
     has_content,
     is_object,
     preserved_randomness,
@@ -270,7 +270,7 @@ class _Twins:
         if isinstance(value, tuple):
             parts = [self.of(each, objects) for each in value]
             return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-        if type(value) in CONTAINERS:
+        if type(value) in COLLECTIONS:
             return self._container(value, objects)
         if objects and is_object(value):
             made = self._keep(value, copy.copy(value))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from stochastic_depth.block import Route
-from stochastic_depth.surgery.blocks import CONTAINERS, FoundBlock
+from stochastic_depth.surgery.blocks import MODULE_CONTAINERS, FoundBlock
 from stochastic_depth.surgery.find.groups import only_needed
 from stochastic_depth.surgery.record.branches import AdditionEvent, Analysis
 
@@ -24,10 +24,11 @@ def attribute_parameters(
 ) -> list[BlockWithEvents]:
     """The blocks, each with the parameters that belong to it.
 
-    If several blocks have a parameter, it is so while all of them are closed. A parameter that the
-    model uses outside of branches too, such as that of a condition which several branches read,
-    belongs to no block. An element of a list that the example does not use, such as an expert that
-    got no samples, belongs to the blocks that have everything which the example uses of this list.
+    A parameter that the branches of several blocks use belongs to each of these blocks: it has no
+    gradient while all of them are closed. A parameter that the model uses outside of branches too,
+    such as that of a condition which several branches read, belongs to no block. An element of a
+    list that the example does not use, such as an expert that got no samples, belongs to the blocks
+    that have everything which the example uses of this list.
     """
     first_name = {id(p): name for name, p in model.named_parameters()}
     only = [_only_for(block, events, analysis) for block, events in pairs]
@@ -68,7 +69,8 @@ def routes_of_gradients(
 ) -> NamedRoutes:
     """The routes on which gradients come to the blocks and parameters of the recorded pass.
 
-    An encoder of whose output only the branches of a decoder know is reached through these alone.
+    An example is an encoder whose output only the branches of a decoder read: gradients come to it
+    through these branches alone.
 
     Args:
         found: all blocks, in the order of their numbers. To those that run in training mode only,
@@ -183,7 +185,7 @@ def _owners_of_unused(
             of_all_inside[around] = of_all_inside.get(around, blocks) & blocks
     for name, _ in model.named_parameters():
         around = next((m for m in _modules_around(name) if m in of_all_inside), "")
-        if name not in owners and isinstance(model.get_submodule(around), CONTAINERS):
+        if name not in owners and isinstance(model.get_submodule(around), MODULE_CONTAINERS):
             yield name, of_all_inside.get(around, set())
 
 

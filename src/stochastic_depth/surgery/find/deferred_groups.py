@@ -57,7 +57,7 @@ def _key_in_call(event: AdditionEvent, analysis: Analysis, modules: Mapping[str,
     name = repeated_block(event.enclosing.name, modules)
     if not name:  # the model itself is not a block: each of its additions is one
         path = _module_path(event, own_calls(event, analysis), analysis)
-        return ".".join(path), event.place
+        return ".".join(path), event.occurrence
     around = (event.enclosing, *event.enclosing.ancestors())
     call = next((call for call in around if call.name == name), event.enclosing)
     return name, analysis.iteration(call)
@@ -138,9 +138,9 @@ def deferred_edits(group: Group, analysis: Analysis) -> list[DeferredEdit]:
         DeferredEdit(
             group.name,
             number,
-            ((event.site, event.place.side),),
+            ((event.site, event.occurrence.side),),
             _calls_for(event, group, analysis),
-            analysis.recording.is_overwritten(event.total),
+            analysis.recording.is_changed_later(event.total),
         )
         for number, event in enumerate(group.events)
     ]

@@ -16,7 +16,7 @@ from stochastic_depth.errors import ExampleError
 from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.blocks import FoundBlock, nothing_found, residual_block
-from stochastic_depth.surgery.example import NEED_GRADIENTS, Example, caller, preserve_state
+from stochastic_depth.surgery.example import NEED_GRADIENTS, Example, caller
 from stochastic_depth.surgery.find.branch_parameters import (
     NamedRoutes,
     attribute_parameters,
@@ -27,6 +27,7 @@ from stochastic_depth.surgery.find.branch_parameters import (
 from stochastic_depth.surgery.find.form_blocks import BlockSettings, form_blocks
 from stochastic_depth.surgery.find.training_additions import added_in_training
 from stochastic_depth.surgery.find.training_blocks import with_training
+from stochastic_depth.surgery.model_state import preserve_state
 from stochastic_depth.surgery.record.additions import discover
 from stochastic_depth.surgery.record.branch_source import Addition
 from stochastic_depth.surgery.record.branches import Analysis
@@ -36,7 +37,7 @@ from stochastic_depth.surgery.select_modules import ModuleSelector, select_modul
 
 @dataclass(frozen=True)
 class Found:
-    """What a model adds."""
+    """The residual blocks that were found in a model."""
 
     blocks: list[FoundBlock]
     """Its residual blocks, in the order in which they run on the example, if there is one."""

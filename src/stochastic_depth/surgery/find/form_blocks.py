@@ -39,7 +39,7 @@ from stochastic_depth.surgery.select_modules import SelectedModules
 
 @dataclass(frozen=True)
 class BlockSettings:
-    """What a user has chosen of a model's blocks."""
+    """The choices of the user that decide which blocks the additions form."""
 
     modules: Mapping[str, nn.Module]
     """All modules of the model, by name."""
@@ -232,4 +232,4 @@ def _block(
         share = group_of(formed.name, formed.events, analysis).exclusive_share
         if share < MIN_SAVED:
             block = replace(block, refusal=mostly_shared(share))
-    return replace(block, change=change_of_shortcut(formed.events, analysis.recording))
+    return replace(block, in_place_problem=change_of_shortcut(formed.events, analysis.recording))

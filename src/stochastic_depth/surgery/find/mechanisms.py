@@ -165,7 +165,7 @@ def deferred_block(
     refusal = ""
     try:
         units = tuple(
-            Unit(((owner, edit),), (), (event.place,), frozenset(group.modules))
+            Unit(((owner, edit),), (), (event.occurrence,), frozenset(group.modules))
             for edit, event in zip(deferred_edits(group, analysis), group.events, strict=True)
         )
     except UnsupportedBlockError as error:

@@ -10,8 +10,8 @@ from torch import nn
 from stochastic_depth.errors import StochasticDepthError
 from stochastic_depth.surgery.blocks import FoundBlock
 from stochastic_depth.surgery.droppath import disable_drop_paths
-from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.surgery.find.groups import group_of
+from stochastic_depth.surgery.model_state import preserve_state
 from stochastic_depth.surgery.record.additions import discover
 from stochastic_depth.surgery.record.branch_source import Addition
 from stochastic_depth.surgery.record.branches import AdditionEvent, Analysis, Occurrence
@@ -106,7 +106,7 @@ def _matched(
             continue
         same = (n for n, (_, its) in enumerate(left[key]) if _is_known(runs, [its]))
         if (n := next(same, None)) is not None:
-            counterparts[left[key].pop(n)[0].place] = event
+            counterparts[left[key].pop(n)[0].occurrence] = event
     return new, counterparts
 
 

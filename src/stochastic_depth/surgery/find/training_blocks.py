@@ -144,8 +144,8 @@ def _with_counterparts(
     """A deferred block with its events in training mode as well."""
 
     def with_both(unit: Unit) -> Unit:
-        more = [counterparts[event].place for event in unit.events if event in counterparts]
-        return replace(unit, events=(*unit.events, *more))
+        more = [counterparts[each].occurrence for each in unit.occurrences if each in counterparts]
+        return replace(unit, occurrences=(*unit.occurrences, *more))
 
     return replace(block, units=tuple(map(with_both, block.units)))
 
@@ -154,7 +154,7 @@ def _as_both_need(
     block: FoundBlock, counterparts: Mapping[Occurrence, AdditionEvent], training: Analysis
 ) -> FoundBlock:
     """`block`, deferring only modules that neither mode needs for anything but its addition."""
-    events = [counterparts.get(event) for unit in block.units for event in unit.events]
+    events = [counterparts.get(each) for unit in block.units for each in unit.occurrences]
     if not block.is_deferred or None in events:
         return block
     group = group_of(block.name, [event for event in events if event is not None], training)
@@ -243,7 +243,7 @@ def _with_edit(unit: Unit, event: AdditionEvent, edit: DeferredEdit) -> Unit:
             )
     sites = tuple(dict.fromkeys((*before.sites, *edit.sites)))
     after = replace(before, sites=sites, calls=tuple(calls.values()))
-    return replace(unit, edits=((owner, after),), events=(*unit.events, event.place))
+    return replace(unit, edits=((owner, after),), occurrences=(*unit.occurrences, event.occurrence))
 
 
 def _names(unit: Unit) -> set[str]:

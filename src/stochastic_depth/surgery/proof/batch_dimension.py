@@ -13,7 +13,8 @@ from stochastic_depth.gates import Gate
 from stochastic_depth.hooks import batch_size
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.edits import BRANCH_NOT_SEEN
-from stochastic_depth.surgery.example import Example, caller, preserve_state
+from stochastic_depth.surgery.example import Example, caller
+from stochastic_depth.surgery.model_state import preserve_state
 from stochastic_depth.surgery.proof.reference import bypassed
 from stochastic_depth.surgery.rewrite.select_samples import HOLDS_SAMPLES, SeenShapes, record_shapes
 from stochastic_depth.tensors import largest_difference, tensors_in

@@ -16,8 +16,8 @@ from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.deferred.placeholder import Reason, why_computed
 from stochastic_depth.surgery.droppath import ELSEWHERE, drop_paths_of
 from stochastic_depth.surgery.edits import BRANCH_NOT_SEEN
-from stochastic_depth.surgery.example import preserve_state
 from stochastic_depth.surgery.install import ungated
+from stochastic_depth.surgery.model_state import preserve_state
 from stochastic_depth.tensors import tensors_in
 
 

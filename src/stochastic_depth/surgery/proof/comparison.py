@@ -15,8 +15,8 @@ from stochastic_depth.gates import CLOSED, OPEN, Gate
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.edits import BRANCH_NOT_SEEN
-from stochastic_depth.surgery.example import next_random_numbers, preserve_state
 from stochastic_depth.surgery.install import ungated
+from stochastic_depth.surgery.model_state import next_random_numbers, preserve_state
 from stochastic_depth.surgery.proof.gated import Gated
 from stochastic_depth.tensors import largest_difference, tensors_in
 
@@ -56,7 +56,7 @@ def trials(gated: Gated) -> Iterator[Trial]:
     """The comparisons to make in the mode in which the model is."""
     sets: list[list[int]] = []
     # A checkpoint recomputes deferred additions at places that the original does not recognise.
-    deferred = any(unit.events for block in gated.found for unit in block.units)
+    deferred = any(unit.occurrences for block in gated.found for unit in block.units)
     for closed in gated.sets():
         gradients = gated.model.training and not sets and not deferred
         yield Trial(closed, CLOSED, "closed", gradients=gradients)
@@ -139,7 +139,7 @@ class Comparison:
         difference, why = self.difference(trial, trial.blocks, expected)
         if difference <= trial.tolerance:
             return difference
-        excuse = self.why_unsteady(draws=self._draws_differently(trial))
+        excuse = self.why_nondeterministic(draws=self._draws_differently(trial))
         only = any(block.training_only for block in self.gated.found)
         if excuse and self.training and not only:
             self.excused.add(trial.state)
@@ -197,7 +197,7 @@ class Comparison:
         first, again = self.expected(trial, part), self.expected(trial, part)
         return bool(_different(first.gradients, again.gradients, rounding / 10))
 
-    def why_unsteady(self, draws: bool) -> str:
+    def why_nondeterministic(self, draws: bool) -> str:
         """Why the original returns different outputs for the same input; empty if it does not.
 
         Args:
@@ -268,8 +268,8 @@ class Comparison:
 
     def _change_in_place(self, block: FoundBlock) -> str:
         """How the branch of `block` may change its shortcut in place; empty if it cannot."""
-        if block.change or not self.training:
-            return block.change
+        if block.in_place_problem or not self.training:
+            return block.in_place_problem
         for name, module in block.module.named_modules(prefix=block.name):
             if isinstance(module, Dropout) and module.inplace:
                 return (

@@ -13,7 +13,7 @@ from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.gates import OPEN
 from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.surgery.blocks import unsupported
-from stochastic_depth.surgery.example import preserve_state
+from stochastic_depth.surgery.model_state import preserve_state
 from stochastic_depth.surgery.proof.call_counts import CallCounts, counted_calls, refuse_running
 from stochastic_depth.surgery.proof.comparison import (
     TOLERANCE,
@@ -94,13 +94,13 @@ def _check_open(gated: Gated, restore: Callable[[], None], untouched: list[Tenso
     with counted_calls(gated.model) as usual:
         difference, why = comparison.difference(every, [], Results(untouched))
     if difference:
-        remark = comparison.why_unsteady(draws=True)
+        remark = comparison.why_nondeterministic(draws=True)
         raise UnsupportedBlockError(f"with every gate open {why}{remark}")
     restore()
     if largest_difference(untouched, comparison.expected(every, []).outputs):
         raise UnsupportedBlockError(
             f"{type(gated.model).__name__} is not itself again when its gates are taken: its "
-            f"outputs differ from those before{comparison.why_unsteady(draws=True)}"
+            f"outputs differ from those before{comparison.why_nondeterministic(draws=True)}"
         )
     if gated.other is not gated.run:
         with torch.no_grad(), gated.with_gate(OPEN), counted_calls(gated.model) as usual:

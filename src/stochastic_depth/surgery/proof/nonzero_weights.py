@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.surgery.example import has_content
+from stochastic_depth.surgery.model_state import has_content
 from stochastic_depth.surgery.proof.call_counts import calls_if_finite
 
 _VANISHING = 1e-3

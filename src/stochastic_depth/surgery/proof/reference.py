@@ -40,10 +40,10 @@ def bypassed(
                 continue  # it does not run here, and other blocks may add in the same expression
             additions += [addition for unit in block.units for addition in unit.additions]
             for unit in block.units:
-                here = [e for e in unit.events if e.training == block.module.training]
-                events = here or unit.events  # no pass in training mode was recorded
-                occurrences |= {(e.site, e.occurrence): e.side for e in events}
-            whole = [u.edits[0][0] for u in block.units if not u.additions and not u.events]
+                here = [e for e in unit.occurrences if e.training == block.module.training]
+                events = here or unit.occurrences  # no pass in training mode was recorded
+                occurrences |= {(e.site, e.index): e.side for e in events}
+            whole = [u.edits[0][0] for u in block.units if not u.additions and not u.occurrences]
             for module in whole:
                 entered.enter_context(_returns(module, lambda module, x: x, keep, factor))
             if isinstance(block.module, Residual):
@@ -128,10 +128,9 @@ def _mixed(output: Tensor, shortcut: Tensor, keep: Tensor | None) -> Tensor:
     if keep is None:
         return shortcut
     if len(output) != len(keep):
-        error = UnsupportedBlockError(
+        raise UnsupportedBlockError(
             f"a residual addition has the shape {list(output.shape)}, and its first dimension is "
-            f'not the batch ({len(keep)}): use gate="batch" for this model'
+            f'not the batch ({len(keep)}): use gate="batch" for this model',
+            of_model=True,
         )
-        error.of_model = True
-        raise error
     return torch.where(keep.view(-1, *[1] * (output.ndim - 1)), output, shortcut)

@@ -19,7 +19,8 @@ from stochastic_depth.gates import CLOSED, OPEN
 from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.droppath import ELSEWHERE
-from stochastic_depth.surgery.example import preserve_state, total
+from stochastic_depth.surgery.example import sum_of_outputs
+from stochastic_depth.surgery.model_state import preserve_state
 from stochastic_depth.surgery.proof.call_counts import CallCounts, counted_calls, refuse_running
 from stochastic_depth.surgery.proof.comparison import Comparison, smallest, trials
 from stochastic_depth.surgery.proof.gated import Gated
@@ -81,15 +82,14 @@ def _passes_reach_every_block(gated: Gated) -> CallCounts:
     names = {module: name for name, module in gated.model.named_modules()}
     for block in gated.found:
         if missed := _missed(block, passes, names):
-            error = unsupported(
+            raise unsupported(
                 block.name,
                 block.module,
                 f"in {missed} of {len(passes)} passes in training mode the model itself leaves it "
                 "out: set the model's own layer drop or drop path to 0, because sd.apply takes its "
                 "place",
+                of_model=missed < len(passes),  # by chance, which may leave out others too
             )
-            error.of_model = missed < len(passes)  # by chance, which may leave out others too
-            raise error
     return passes[0]
 
 
@@ -111,9 +111,8 @@ def _refuse_drop_paths(gated: Gated, called: CallCounts) -> None:
     for name, module in gated.model.named_modules():
         if module in gated.drop_paths and called.number[name]:
             block = gated.drop_paths[module]
-            error = unsupported(block.name, block.module, ELSEWHERE.format(name))
-            error.of_model = True  # it is the same by every mechanism
-            raise error
+            where = ELSEWHERE.format(name)
+            raise unsupported(block.name, block.module, where, of_model=True)
 
 
 def _compare(gated: Gated) -> None:
@@ -284,6 +283,6 @@ def train_once(run: Callable[..., Any]) -> None:
     """A forward pass, and the backward pass of the sum of all its outputs."""
     output = run()
     refuse_cache(output)
-    loss = total(output)
+    loss = sum_of_outputs(output)
     if loss is not None:
         loss.backward()

@@ -113,9 +113,9 @@ class _Search:
         """All residual additions, after the pass."""
         for _, _, rejected in self.couplings.values():
             self.rejections.add(rejected)
-        return [self._joined(seen, analysis) for seen in self.found.values()]
+        return [self._merged(seen, analysis) for seen in self.found.values()]
 
-    def _joined(self, seen: Sequence[tuple[Addition, Execution]], analysis: Analysis) -> Addition:
+    def _merged(self, seen: Sequence[tuple[Addition, Execution]], analysis: Analysis) -> Addition:
         """One addition, from all of its executions."""
         additions, executions = zip(*seen, strict=True)
         first = additions[0]
@@ -181,18 +181,18 @@ class _Search:
         reason = self.rejections.why_not(left, right, side, call)
         part = self.shortcuts.part(left, right, call) if side is None else None
         if scales_right and self._is_shortcut_of(left, right, call):
-            self.rejections.add(self.rejections.described(frame, SCALED))
+            self.rejections.add(self.rejections.rejection(frame, SCALED))
             return
         if function := function_around(frame):
             reason = own_backward(function)
             self.functions[call_site_of(frame)] = function
         if side is not None and not reason and (left, right)[side] not in repeated:
             identity = self.shortcuts.identity(left, right, call) is not None
-            self._join(*self._located(left, right, side, identity, total, frame))
+            self._accept(*self._located(left, right, side, identity, total, frame))
         elif part is not None and not function:
             addition, made = self._located(left, right, part, True, total, frame)
             if not self._completes_coupling(addition, made):
-                rejected = self.rejections.described(frame, COUPLING)
+                rejected = self.rejections.rejection(frame, COUPLING)
                 self.couplings[total] = addition, made, rejected
         else:
             self.rejections.reject(frame, [left, right], reason or REPEATED)
@@ -203,9 +203,9 @@ class _Search:
         """The addition of `left` and `right`, and this execution of it."""
         operands = left, right
         site = call_site_of(frame)
-        place = Occurrence(site, self.occurrences[site] - 1, side, self.training)
+        occurrence = Occurrence(site, self.occurrences[site] - 1, side, self.training)
         stack = tuple(self.recording.calls)
-        made = Execution(operands[side], operands[1 - side], total, place, stack, identity)
+        made = Execution(operands[side], operands[1 - side], total, occurrence, stack, identity)
         return locate(self.recording, made, frame)
 
     def _added_before(self, left: int, right: int, total: int, frame: FrameType) -> set[int]:
@@ -228,18 +228,18 @@ class _Search:
             reaches_old = old.shortcut in self.recording.reach(new.added)
             if reaches_old and new.shortcut in self.recording.reach(old.added):
                 del self.couplings[total]
-                self._join(before, old)
-                self._join(addition, new)
+                self._accept(before, old)
+                self._accept(addition, new)
                 return True
         return False
 
-    def _join(self, addition: Addition, made: Execution) -> None:
+    def _accept(self, addition: Addition, made: Execution) -> None:
         """Record a residual addition, and earlier couplings that are residual because of it."""
         for total in [total for total in self.couplings if total in made.branch_in_owner]:
             coupling, old, _ = self.couplings[total]
             if made.shortcut in self.recording.reach(old.added):
                 del self.couplings[total]
-                self._join(replace(coupling, coupled=made.total), old)
+                self._accept(replace(coupling, coupled=made.total), old)
         self.found.setdefault((addition.owner, addition.edits), []).append((addition, made))
         self.sums.add(made.total)
 

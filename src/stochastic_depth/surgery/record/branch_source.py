@@ -118,7 +118,7 @@ def _addition_edit(
     location, callers = _locations(methods)
     function = methods[0].called if methods else None
     if location is None or function is None:
-        return location and AdditionEdit(location, made.place.side, callers=callers)
+        return location and AdditionEdit(location, made.occurrence.side, callers=callers)
     inner = frame
     while has_one_path(inner.f_code) and inner is not function:
         inner = inner.f_back or function
@@ -129,7 +129,7 @@ def _addition_edit(
         value = function.f_locals.get(name)
         if isinstance(value, Tensor) and recording.number(value) == made.shortcut:
             position = n if n < code.co_argcount else None
-            return AdditionEdit(location, made.place.side, (position, name), callers=callers)
+            return AdditionEdit(location, made.occurrence.side, (position, name), callers=callers)
     return None
 
 
@@ -169,7 +169,7 @@ def _passed_arguments(
 
 def with_copies(recording: Recording, edits: Edits, executions: Sequence[Execution]) -> Edits:
     """`edits`, returning a copy of the shortcut if the pass has overwritten one of the sums."""
-    if not any(recording.is_overwritten(each.total) for each in executions):
+    if not any(recording.is_changed_later(each.total) for each in executions):
         return edits
     return tuple(
         (name, replace(edit, copies=True) if isinstance(edit, AdditionEdit) else edit)

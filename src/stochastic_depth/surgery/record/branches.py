@@ -20,7 +20,7 @@ class Occurrence:
     """One execution of an expression that adds, as it is recognised in a later pass."""
 
     site: CallSite
-    occurrence: int
+    index: int
     """How often the same expression was evaluated before in the pass."""
     side: Side
     training: bool
@@ -39,7 +39,7 @@ class Execution:
     """The result of the branch."""
     total: int
     """The result of the addition."""
-    place: Occurrence
+    occurrence: Occurrence
     stack: tuple[Call, ...]
     """The running module calls, innermost last."""
     identity: bool
@@ -51,7 +51,7 @@ class Execution:
 
     @property
     def site(self) -> CallSite:
-        return self.place.site
+        return self.occurrence.site
 
     def branch_within(self, recording: Recording, call: Call) -> frozenset[int]:
         """The values of the branch, back to the inputs of `call`."""

@@ -90,9 +90,9 @@ class Rejections:
     def reject(self, frame: FrameType, operands: Sequence[int], reason: str) -> None:
         """Record an addition made in `frame`, if all of its operands are computed values."""
         if all(map(self._is_computed, operands)):
-            self.add(self.described(frame, reason))
+            self.add(self.rejection(frame, reason))
 
-    def described(self, frame: FrameType, reason: str) -> Rejected:
+    def rejection(self, frame: FrameType, reason: str) -> Rejected:
         """Describe the addition that is being made in `frame`."""
         call = self.recording.calls[-1]
         location = next((m.location for m in methods_of(call.module, frame) if m.location), None)
@@ -121,7 +121,7 @@ class Rejections:
                 if shortcut in self.recording.reach(added, shortcut):
                     self.reject(frame, [shortcut, added], OTHER_FORMS[name])
             elif self._is_branch(added, shortcut):
-                self.add(self.described(frame, OTHER_FORMS[name]))
+                self.add(self.rejection(frame, OTHER_FORMS[name]))
 
     def other_shape(
         self, left: int, right: int, total: int, repeated: set[int], frame: FrameType
@@ -137,10 +137,10 @@ class Rejections:
                 continue
             sample = shapes[total][1:]
             if shapes[added] == shapes[total] and shapes[shortcut] in (sample, (1, *sample)):
-                self.add(self.described(frame, SHORTCUT_BROADCAST))
+                self.add(self.rejection(frame, SHORTCUT_BROADCAST))
                 return
             if shapes[shortcut] == shapes[total]:
-                self.add(self.described(frame, BRANCH_BROADCAST))
+                self.add(self.rejection(frame, BRANCH_BROADCAST))
                 return
         self.reject(frame, [left, right], OTHER_SHAPE)
 

@@ -21,7 +21,7 @@ from stochastic_depth.torch_private import changes_of
 
 PRODUCT = "product of addcmul"
 """The name recorded for the function that made the product in `addcmul`."""
-_REMEMBERED = 16
+_CACHED_REACHES = 16
 """How many results of `Recording.reach` are kept: as many as judging one addition asks for."""
 
 
@@ -115,7 +115,7 @@ class Recording:
         self.outermost: list[Call] = []
         """The calls that are not made within other calls, in order."""
         self.serial = itertools.count()
-        self.may_overwrite = works_in_place(model)
+        self.may_change = works_in_place(model)
         """Whether any module works in place, even if in training mode only."""
         self._changes: dict[int, list[Change]] = {}
         """For each tensor that was changed in place, by its `id`: the changes, in order."""
@@ -141,7 +141,7 @@ class Recording:
         self._number[id(tensor)] = self.number(of)
         self._aliases.append(tensor)
 
-    def overwrites(self, tensor: Tensor, function: str) -> None:
+    def record_change(self, tensor: Tensor, function: str) -> None:
         """Record that a function has changed one of its arguments in place."""
         call = self.calls[-1] if self.calls else None
         change = Change(len(self.values), function, call)
@@ -151,11 +151,11 @@ class Recording:
         """The changes in place of a value, or of views of it."""
         return self._changes.get(id(_viewed(self.values[value].tensor)), [])
 
-    def is_overwritten(self, value: int) -> bool:
+    def is_changed_later(self, value: int) -> bool:
         """Whether a later function changes a value, or a view of it, in place."""
-        return self.may_overwrite or any(change.at > value for change in self.changes(value))
+        return self.may_change or any(change.at > value for change in self.changes(value))
 
-    def changed(
+    def record_changed_value(
         self, tensor: Tensor, parents: tuple[int, ...], function: str, flops: int, known: bool
     ) -> None:
         """Record the value that a tensor has after a function has changed it in place.
@@ -201,7 +201,7 @@ class Recording:
                     if parent >= until and parent not in seen:
                         seen.add(parent)
                         ahead.append(parent)
-            if len(self._reached) == _REMEMBERED:
+            if len(self._reached) == _CACHED_REACHES:
                 self._reached.clear()
             known = self._reached[value, until] = frozenset(seen)
         return known
@@ -325,7 +325,7 @@ class _Functions(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         changed = [tensor for tensor, changes in counted if changes_of(tensor) != changes]
         for tensor in changed:
-            self.recording.overwrites(tensor, name or "a function")
+            self.recording.record_change(tensor, name or "a function")
         if name in ("__radd__", "add") and len(args) == 2 and _is_zero(args[1]):  # as sum() begins
             self.recording.alias(out, args[0])
             self.on_function(func, operands, out, False)
@@ -338,7 +338,9 @@ class _Functions(TorchFunctionMode):
         self.on_function(func, operands, out, scales_second(name, kwargs or {}))
         returned = set(map(id, tensors))
         for tensor in changed:  # after the result has been judged, under the number that it has now
-            self.recording.changed(tensor, parents, name, flops, id(tensor) in returned)
+            self.recording.record_changed_value(
+                tensor, parents, name, flops, id(tensor) in returned
+            )
         return out
 
     def _product(self, factors: Sequence[Tensor]) -> int:

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from stochastic_depth.errors import RunError
-from stochastic_depth.lab.sources import read_run, read_sources
+from stochastic_depth.lab.recorded import read_run, read_sources
 
 
 def test_runs_folders_of_them_sweeps_and_benchmarks_are_told_apart(

@@ -1,7 +1,4 @@
-"""The data that the laboratory reads: run folders, folders of them, sweeps and benchmarks.
-
-The results of analyses are written here too, into the folder of their run.
-"""
+"""What the laboratory reads: run folders, folders of them, sweeps and benchmarks."""
 
 import json
 import stat
@@ -9,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import nn
 
@@ -17,25 +14,21 @@ from stochastic_depth.choices import CheckpointName
 from stochastic_depth.data import Batches
 from stochastic_depth.errors import RunError
 from stochastic_depth.files import (
-    LARGE,
     SMALL,
     is_there,
-    make_folder,
     read_file,
-    reason,
-    write_whole,
 )
 from stochastic_depth.handle import Handle
+from stochastic_depth.lab.analyses import (
+    AnalysisName,
+    analysis_path,
+    read_analysis,
+    read_json,
+)
 from stochastic_depth.lab.sweep.folder import Sweep, read_sweep
 from stochastic_depth.train import Record, Run, layout, open_run, reopen, trained_model
 from stochastic_depth.train.build import handle_or_always_open
-from stochastic_depth.train.run_folder import checksum
 from stochastic_depth.train.weights import require_weights_of
-
-FORMAT = 1
-"""The format number of the files of an analysis."""
-
-AnalysisName = Literal["ensemble", "pruning"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +53,7 @@ class RecordedRun:
         return self.finished or self.failed
 
     @cached_property
-    def described(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """The machine, the versions, the commit and all other fields of `config.json`."""
         return json.loads(read_file(self.run.path / layout.CONFIG, SMALL))
 
@@ -161,8 +154,8 @@ def read_run(path: Path) -> RecordedRun:
 def state_of(paths: Iterable[Path]) -> dict[Path, tuple[int, int] | None]:
     """Size and time of each file that `read_sources` may read; None for those that do not exist.
 
-    It changes when a run goes on or ends, when another one begins, and when an analysis ends. Not
-    when anything else is written into one of the folders, such as the page itself.
+    It changes when a run is resumed or ends, when another one begins, and when an analysis ends;
+    not when anything else is written into one of the folders, such as the page itself.
     """
     files: list[Path] = []
     for path in paths:
@@ -188,7 +181,7 @@ class TrainedNetwork:
     """A trained network in evaluation mode, and its run."""
 
     run: Run
-    images: Batches
+    batches: Batches
     model: nn.Module
     handle: Handle
     """The handle of the network. For a run of constant depth, p_l = 1 for every block."""
@@ -210,66 +203,9 @@ def load_trained(
         RunError, DataError, ConfigError: as for `reopen` and `trained_model`.
         ApplyError: when it has no residual blocks.
     """
-    run, images = reopen(path, data, device)
-    model, step = trained_model(run, images, which)
-    return TrainedNetwork(run, images, model, handle_or_always_open(model), step)
-
-
-def analysis_path(run: Run, name: AnalysisName) -> Path:
-    """The path of the result of the analysis `name` of a run."""
-    return run.path / layout.ANALYSIS / f"{name}.json"
-
-
-def write_analysis(run: Run, name: AnalysisName, found: dict[str, Any]) -> None:
-    """Write the result of an analysis, with the identity of the run and a checksum.
-
-    Raises:
-        RunError: when it cannot be written.
-    """
-    path = analysis_path(run, name)
-    content = {"format": FORMAT, "run": run.id, **found}
-    content["sha256"] = checksum(content)
-    try:
-        make_folder(path.parent)
-    except OSError as error:
-        raise RunError(f"{path.parent} cannot be made: {reason(error)}") from error
-    write_whole(path, json.dumps(content, indent=1).encode() + b"\n", inside=run.path)
-
-
-def read_analysis(run: Run, name: AnalysisName) -> dict[str, Any]:
-    """The result of an analysis as `write_analysis` wrote it.
-
-    Raises:
-        RunError: when it cannot be read, has no checksum or another one, is of another run, or has
-            an unknown format.
-    """
-    path = analysis_path(run, name)
-    remedy = f"remove it, and measure again by stochastic-depth analyze {name} {run.path}"
-    try:
-        content = read_json(path, inside=run.path)
-    except RunError as error:
-        raise RunError(f"{error}; {remedy}") from error
-    if "sha256" not in content:
-        raise RunError(f"{path} has no checksum, as an earlier version left it: {remedy}")
-    if content.pop("sha256") != checksum(content):
-        raise RunError(f"{path} is damaged or was edited, its checksum does not match: {remedy}")
-    if content.get("run") != run.id:
-        raise RunError(f"{path} is of another run: {remedy}")
-    if content.get("format") != FORMAT:
-        raise RunError(
-            f"{path} has format {content.get('format')}, this version reads {FORMAT}: use the "
-            "version that wrote it"
-        )
-    return content
-
-
-def same_analysis(run: Run, name: AnalysisName, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """An earlier result of an analysis with the same `settings`; None if there is no valid one."""
-    try:
-        found = read_analysis(run, name)
-    except RunError:
-        return None
-    return found if settings.items() <= found.items() else None
+    run, batches = reopen(path, data, device)
+    model, step = trained_model(run, batches, which)
+    return TrainedNetwork(run, batches, model, handle_or_always_open(model), step)
 
 
 def _sweep(path: Path) -> RecordedSweep:
@@ -282,26 +218,6 @@ def _benchmark(path: Path) -> dict[str, Any]:
         raise RunError(
             f"{path} is not what bench depth writes: stochastic-depth bench depth --out FILE does"
         )
-    return content
-
-
-def read_json(path: Path, inside: Path | None = None) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Args:
-        inside: as for `read_file`.
-
-    Raises:
-        RunError: when it cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(read_file(path, LARGE, inside))
-    except OSError as error:
-        raise RunError(f"{path} cannot be read: {reason(error)}") from error
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise RunError(f"{path} cannot be understood: it holds no object")
     return content
 
 
