@@ -40,9 +40,8 @@ def test_every_step_is_of_the_expected_depth_and_a_resume_goes_on():
 @pytest.mark.parametrize(("multiple", "sizes"), [(1, [10, 7, 5, 2]), (8, [8, 8, 8, 8])])
 def test_branches_run_on_subsets_of_one_size(multiple, sizes):
     model = network(4)
-    sd.apply(
-        model, [0.83, 0.6, 0.4, 0.2], gate="subset", balance=True, multiple_of=multiple, seed=1
-    )
+    rule, form = [0.83, 0.6, 0.4, 0.2], {"balance": True, "multiple_of": multiple}
+    sd.apply(model, rule, gate="subset", scale="training", seed=1, **form)
     seen = [[], [], [], []]
     for number, unit in enumerate(model):
         unit.branch.register_forward_hook(
@@ -72,3 +71,25 @@ def test_what_cannot_be_balanced_says_what_would_be_right():
         sd.apply(network(), gate="subset", multiple_of=8)
     with pytest.raises(sd.errors.ApplyError, match=r"multiple_of=0: give a number of samples"):
         sd.apply(network(), gate="subset", balance=True, multiple_of=0)
+
+
+@pytest.mark.parametrize(
+    ("gate", "options", "samples", "share"),
+    [
+        ("subset", {"balance": True}, 2, 0.5),
+        ("sample", {"balance": True}, 4, 0.75),
+        ("subset", {"min_samples": 2}, 2, 1.0),
+    ],
+)
+def test_a_rounded_share_is_divided_by_or_warned_of(gate, options, samples, share) -> None:
+    def mean(scale: str) -> float:
+        model, x = nn.Sequential(sd.Residual(nn.Linear(3, 3))), torch.ones(samples, 3)
+        sd.apply(model, [0.7], gate=gate, scale=scale, **options)
+        seen = torch.stack([model.train()(x) for _ in range(400)]).mean((0, 1)) - x[0]
+        return (seen / model[0].branch(x[0])).mean().item()
+
+    assert mean("training") == pytest.approx(1, abs=0.1)
+    said = f"runs on {100 * share:.0f} % of {samples} samples.*p_l = 0.7"
+    with pytest.warns(UserWarning, match=said) as warned:
+        assert mean("inference") == pytest.approx(share, abs=0.05)
+    assert len(warned) == 1

@@ -406,6 +406,15 @@ def test_what_is_divided_by_is_the_share_that_a_balanced_gate_opens(kind) -> Non
     assert not coins[1].any()
 
 
+@pytest.mark.parametrize("kind", ["batch", "sample", "subset"])
+def test_the_factor_is_not_rounded_to_the_precision_of_the_branch(kind) -> None:
+    x = torch.linspace(1, 2, 129)[:128].repeat(4).bfloat16()[:, None]
+    coins = torch.ones((1,) if kind == "batch" else (1, len(x)), dtype=torch.bool)
+    (gate,) = training_gates(coins, (0.9,), kind, "training")
+    ratio = (gate.scale(x).double() / x.double()).mean().item()
+    assert ratio * 0.9 == pytest.approx(1, abs=2e-4)  # 1 / 0.9 in bfloat16 is off by 1.6e-3
+
+
 @pytest.mark.parametrize("least", [0, 1, 2, 4, 9])
 @pytest.mark.parametrize("p", [0.0, 0.2, 0.7, 1.0])
 def test_the_expected_share_with_a_smallest_subset_is_that_of_all_patterns(p, least) -> None:

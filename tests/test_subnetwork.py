@@ -163,6 +163,28 @@ def test_forced_gates_of_samples_open_a_block_that_does_not_run_yet() -> None:
         assert torch.equal(model(x), expected)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gate": "sample"},
+        {"gate": "sample", "balance": True},
+        {"gate": "subset"},
+        {"gate": "subset", "balance": True},
+        {"gate": "subset", "min_samples": 3},
+    ],
+    ids=str,
+)
+def test_forced_gates_of_a_step_repeat_it(options) -> None:
+    model, x = trained(), images()
+    handle = sd.apply(model, sd.Uniform(0.6), scale="training", **options)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0
+    drawn = model.train()(x)
+    with handle.forced(handle.gates):
+        assert torch.equal(model(x), drawn)
+
+
 @pytest.mark.parametrize("force", ["subnetwork", "forced"])
 def test_a_copy_has_its_usual_gates(force: str) -> None:
     model = trained()

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import operator
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Binomial
 
 from stochastic_depth.errors import GateError
+from stochastic_depth.numbers import whole_number
 from stochastic_depth.randomness import digest, uniforms
 
 
@@ -164,6 +164,18 @@ def expected_share(p: float, samples: int, min_samples: int) -> float:
     return p + ((least - k) @ few).item() / samples
 
 
+def open_share(
+    p: float, samples: int, *, min_samples: int = 0, balance: bool = False, multiple_of: int = 1
+) -> float:
+    """The expected share of `samples` samples on which a block runs, with gates of single samples.
+
+    It is p, unless the number of samples is rounded or has a minimum.
+    """
+    if not balance:
+        return expected_share(p, samples, min_samples)
+    return subset_size(p, samples, min_samples, multiple_of) / samples if samples else p
+
+
 def open_shares(coins: Tensor) -> Tensor:
     """The share of samples for which each block is open, of [L] or [L, batch]: float64 [L]."""
     return coins.double() if coins.ndim == 1 else coins.double().mean(1)
@@ -187,9 +199,7 @@ def integer(name: str, value: object) -> int:
     Raises:
         GateError: when it is not an integer.
     """
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise GateError(
-            f"{name}={value!r}: gates are a function of integers (seed, step)"
-        ) from None
+    number = whole_number(value)
+    if number is None:
+        raise GateError(f"{name}={value!r}: gates are a function of integers (seed, step)")
+    return number

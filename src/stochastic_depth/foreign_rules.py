@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from stochastic_depth.errors import SurvivalError
+from stochastic_depth.numbers import real_number
 
 Shape = Callable[[int, int], float]
 """The share of the full drop rate in block n, counted from 0, of L blocks."""
@@ -59,10 +60,11 @@ class NamedRule:
             raise SurvivalError(
                 f"there is no survival rule {self.name!r}: choose one of {', '.join(SHAPES)}"
             )
-        if not 0 <= self.rate < 1:
+        rate = real_number(self.rate)
+        if rate is None or not 0 <= rate < 1:
             raise SurvivalError(
-                f"survival_rule({self.name!r}, {self.rate}): it is a drop rate, which must be "
-                "at least 0 and below 1"
+                f"survival_rule({self.name!r}, {self.rate!r}): it is a drop rate, which must be a "
+                "number, at least 0 and below 1"
             )
 
     def __call__(self, block: int, blocks: int) -> float:

@@ -5,6 +5,7 @@ from typing import get_args
 
 from stochastic_depth.choices import Closed, GateKind, Scale, SkippedPolicy
 from stochastic_depth.errors import ApplyError
+from stochastic_depth.numbers import whole_number
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,18 @@ class GateSettings:
                 "step, so there is no expectation to correct; leave scale out"
             )
         require_choice("scale", self.scale, scales)
-        if self.min_samples < 0:
-            raise ApplyError(f"min_samples={self.min_samples}: give a number of samples, 0 or more")
+        for name, least in (("min_samples", 0), ("multiple_of", 1)):
+            number = whole_number(getattr(self, name))
+            if number is None or number < least:
+                raise ApplyError(
+                    f"{name}={getattr(self, name)!r}: give a number of samples, {least} or more"
+                )
+            object.__setattr__(self, name, number)
         if self.min_samples > 0 and self.gate != "subset":
             raise ApplyError(
                 f'min_samples={self.min_samples} needs gate="subset", this is gate="{self.gate}": '
                 "leave it out, or choose the subset gate"
             )
-        if self.multiple_of < 1:
-            raise ApplyError(f"multiple_of={self.multiple_of}: give a number of samples, 1 or more")
         if self.multiple_of > 1 and not (self.balance and self.gate == "subset"):
             raise ApplyError(
                 f'multiple_of={self.multiple_of} needs gate="subset" and balance=True, this is '

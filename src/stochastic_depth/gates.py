@@ -88,10 +88,9 @@ class Gate(NamedTuple):
             return self._spread(f if self.factor is None else f * self.factor, self.samples)
         if self.keep is not None:
             self.require_batch(len(f))
-            mask = self.keep.to(f.device, f.dtype)
-            if self.factor is not None:
-                mask = mask * self.factor
-            return f * mask.view(-1, *[1] * (f.ndim - 1))
+            mask = self.keep.to(f.device, f.dtype).view(-1, *[1] * (f.ndim - 1))
+            # The mask is not multiplied by the factor, which would be rounded to its precision.
+            return f * mask if self.factor is None else f * mask * self.factor
         return f if self.factor is None else f * self.factor
 
     def rescale(self, out: Tensor, shortcut: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The handle of a model with stochastic depth: its probabilities, its gates and their state."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from stochastic_depth.block import Block, set_evaluation_gates, set_training_gates
 from stochastic_depth.choices import Closed, GateKind, Scale, SkippedPolicy
-from stochastic_depth.draw import draw, expected_share, integer, open_shares, step_number
+from stochastic_depth.draw import draw, integer, open_share, step_number
 from stochastic_depth.errors import GateError, StateError
 from stochastic_depth.gate_settings import GateSettings
 from stochastic_depth.gates import Gate, evaluation_gates, training_gates
@@ -33,6 +34,11 @@ class Forced(NamedTuple):
     coins: Tensor
     scaled: bool
     """Whether to apply the evaluation factor to open branches."""
+
+
+ROUNDING = 0.05
+"""How much the share of samples on which a block runs may differ from p_l, relative to it, before
+there is a warning."""
 
 
 class Passes(Protocol):
@@ -91,6 +97,7 @@ class Handle:
         self.observers: list[Callable[[list[Gate] | None], None]] = []
         """Called when a forward pass begins, with its gates; with None in evaluation."""
         self._coins: Tensor | None = None
+        self._has_drawn = False
         self._drawn: int | None = None
         """The step of the last draw, unless `step` was set to a different one since."""
         self._survival: tuple[float, ...] = ()
@@ -218,27 +225,57 @@ class Handle:
         first, whole = self.rank_samples or (0, batch)
         coins = self._draw(self.step, whole, self._survival)
         self._coins = coins if coins.ndim == 1 else coins[:, first : first + (batch or 0)]
+        self._warn_of_rounding(self._coins)
         self._drawn, self._step = self._step, self._step + 1
         return training_gates(
             self._coins,
             self._survival,
             self.gate,
             self.scale,
-            self._shares(whole or 0) if self.scale == "training" else None,
+            self._shares(self._coins) if self.scale == "training" else None,
             self.settings.closed,
         )
 
-    def _shares(self, samples: int) -> list[float]:
-        """The expected share of `samples` samples that each block runs on in the last step.
+    def _shares(self, coins: Tensor) -> Sequence[float]:
+        """The share of the samples that each block runs on in expectation, under coins like these.
 
         It is p_l; but balanced gates open a rounded share, and a smallest subset opens more.
         """
-        if self.gate == "batch":
-            return list(self._survival)
-        if self.settings.balance and self._coins is not None:
-            return open_shares(self._coins).tolist()
-        least = self.settings.min_samples
-        return [expected_share(p, samples, least) for p in self._survival]
+        if coins.ndim == 1 or self.gate == "batch":
+            return self._survival
+        samples, settings = coins.shape[1], self.settings
+        by_parts = settings.balance and self.balanced_parts > 1
+        if self.rank_samples is not None and not by_parts:
+            samples = self.rank_samples[1]
+        return [
+            open_share(
+                p,
+                samples,
+                min_samples=settings.min_samples,
+                balance=settings.balance,
+                multiple_of=settings.multiple_of,
+            )
+            for p in self._survival
+        ]
+
+    def _warn_of_rounding(self, coins: Tensor) -> None:
+        """Warn, once, where evaluation multiplies by p_l and training opens a different share."""
+        if self._has_drawn or coins.ndim == 1 or coins.shape[1] == 0:
+            return
+        self._has_drawn = True
+        if self.scale != "inference":
+            return
+        shares = zip(self._shares(coins), self._survival, self.blocks, strict=True)
+        excess = {abs(share / p - 1): (share, p, block.name) for share, p, block in shares if p > 0}
+        worst = max(excess, default=0.0)
+        if worst > ROUNDING:
+            share, p, name = excess[worst]
+            warnings.warn(
+                f"block {name!r} runs on {100 * share:.0f} % of {coins.shape[1]} samples, because "
+                f"their number is rounded, but evaluation multiplies its branch by p_l = {p:.3g}: "
+                'give scale="training", which divides by the share itself, or larger batches',
+                stacklevel=2,
+            )
 
     def gates_at(self, step: int, batch: int | None = None) -> Tensor:
         """The gates that training step `step` draws, past or future, in the form of `gates`.
@@ -290,8 +327,9 @@ class Handle:
             with handle.forced([True] * len(handle.blocks)):
                 logits = model(images)
 
-        The branch of a closed block is not executed. Nothing is drawn and no step is counted. Parts
-        of the model may be called too. Afterwards the earlier gates are in force again. Contexts
+        The branch of a closed block is not executed; under closed="forward-only" it runs without a
+        graph in training. Nothing is drawn and no step is counted. Parts of the model may be called
+        too. Afterwards the earlier gates are in force again. Contexts
         may be nested: the innermost one counts. They hold in all threads; a copy of the model that
         is made meanwhile has its usual gates.
 
@@ -440,7 +478,8 @@ class Handle:
         per_block = forced.coins.ndim == 1
         kind = "batch" if per_block else "sample" if self.gate == "batch" else self.gate
         closed = closed if per_block else "skipped"
-        gates = training_gates(forced.coins, self._survival, kind, self.scale, closed=closed)
+        shares = self._shares(forced.coins)
+        gates = training_gates(forced.coins, self._survival, kind, self.scale, shares, closed)
         if not forced.scaled:
             return gates
         whole = evaluation_gates(self._survival, self.scale)

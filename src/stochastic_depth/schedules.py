@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from stochastic_depth.errors import SurvivalError
+from stochastic_depth.numbers import real_number, whole_number
 
 Schedule = Callable[[int], float]
 """`schedule(t) -> s`, from 0 to 1: in step t the drop rate of block l is s (1 - p_l)."""
@@ -26,7 +27,7 @@ class Warmup:
     until: int
 
     def __post_init__(self) -> None:
-        _steps(self, "until", self.until, minimum=1)
+        _require_steps(self, until=1)
 
     def __call__(self, step: int) -> float:
         return min(1.0, step / self.until)
@@ -48,7 +49,7 @@ class Early:
     shape: Literal["linear", "constant"] = "linear"
 
     def __post_init__(self) -> None:
-        _steps(self, "until", self.until, minimum=1)
+        _require_steps(self, until=1)
         if self.shape not in ("linear", "constant"):
             raise SurvivalError(f'{self!r}: the shape must be "linear" or "constant"')
 
@@ -70,7 +71,7 @@ class Late:
     until: int
 
     def __post_init__(self) -> None:
-        _steps(self, "until", self.until, minimum=0)
+        _require_steps(self, until=0)
 
     def __call__(self, step: int) -> float:
         return float(step >= self.until)
@@ -91,8 +92,8 @@ class Progressive:
     gamma: float = 0.001
 
     def __post_init__(self) -> None:
-        if not 0 < self.gamma < math.inf:
-            raise SurvivalError(f"{self!r}: gamma must be above 0")
+        if not 0 < (real_number(self.gamma) or 0) < math.inf:
+            raise SurvivalError(f"{self!r}: gamma must be a number above 0")
 
     def __call__(self, step: int) -> float:
         return -math.expm1(-self.gamma * step)
@@ -113,8 +114,8 @@ class Decreasing:
     until: int
 
     def __post_init__(self) -> None:
-        _steps(self, "since", self.since, minimum=0)
-        _steps(self, "until", self.until, minimum=self.since + 1)
+        _require_steps(self, since=0)
+        _require_steps(self, until=self.since + 1)
 
     def __call__(self, step: int) -> float:
         return min(1.0, max(0.0, (self.until - step) / (self.until - self.since)))
@@ -133,30 +134,36 @@ class Steps:
 
     def __init__(self, shares: Mapping[int, float] | Iterable[tuple[int, float]]) -> None:
         pairs: Iterable[Any] = shares.items() if isinstance(shares, Mapping) else shares
-        object.__setattr__(self, "shares", tuple((_whole(a), float(b)) for a, b in sorted(pairs)))
+        given = [(_whole(step), real_number(share)) for step, share in pairs]
+        for step, share in given:
+            if step is None or step < 0 or share is None or not 0 <= share <= 1:
+                raise SurvivalError(
+                    f"Steps({shares!r}): give steps, integers from 0, each with its share of the "
+                    "drop rates, a number from 0 to 1"
+                )
+        object.__setattr__(self, "shares", tuple(sorted(given)))
         if not self.shares:
             raise SurvivalError(f"{self!r}: give at least one step and its share")
         for (step, _), (following, _) in pairwise(self.shares):
             if step == following:
                 raise SurvivalError(f"{self!r}: step {step} has two shares, give it one")
-        for step, share in self.shares:
-            _steps(self, "a step", step, minimum=0)
-            if not 0 <= share <= 1:
-                raise SurvivalError(f"{self!r}: the share {share} is not in [0, 1]")
 
     def __call__(self, step: int) -> float:
         return next((share for start, share in reversed(self.shares) if step >= start), 0.0)
 
 
-def _whole(step: Any) -> Any:
-    """`step` as a Python integer if it is a whole number; otherwise unchanged, to be refused."""
-    return int(step) if float(step).is_integer() else step
+def _whole(step: object) -> int | None:
+    """A whole number, which may be a float, as a Python integer; None for anything else."""
+    return int(step) if isinstance(step, float) and step.is_integer() else whole_number(step)
 
 
-def _steps(schedule: object, name: str, value: int, minimum: int) -> None:
-    """Raise `SurvivalError` unless `value` is a number of steps, `minimum` or more."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise SurvivalError(f"{schedule!r}: {name} is a number of steps, {minimum} or more")
+def _require_steps(schedule: object, **minimum: int) -> None:
+    """Raise `SurvivalError` unless these fields are numbers of steps, not below their minimum."""
+    for name, least in minimum.items():
+        steps = _whole(getattr(schedule, name))
+        if steps is None or steps < least:
+            raise SurvivalError(f"{schedule!r}: {name} is a number of steps, {least} or more")
+        object.__setattr__(schedule, name, steps)
 
 
 def share_at(schedule: Schedule, step: int) -> float:

@@ -365,6 +365,26 @@ def with_one_mask() -> nn.Module:
     return Net(lambda: Masked(mask))
 
 
+class Averaged(nn.Sequential):
+    """A layer, and the running mean of its size that it is multiplied by."""
+
+    def __init__(self):
+        super().__init__(mlp(), nn.Tanh())
+        self.register_buffer("size", torch.ones(WIDTH))
+
+    def forward(self, x):
+        f = super().forward(x)
+        if self.training:
+            self.size.lerp_(f.detach().abs().mean(0), 0.1)
+        return f * self.size
+
+
+def normed() -> nn.Module:
+    """Spectral normalisation, which divides the factor out of the weight again."""
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH))
+    return nn.Sequential(nn.Tanh(), layer)
+
+
 class Shown(Net):
     """Also returns what its last branch gives."""
 
@@ -382,8 +402,10 @@ class Shown(Net):
         (lambda: Tied(mlp), "blocks.0", "'blocks.0.inner.2.weight' is also used"),
         (with_one_mask, "blocks.0", "'blocks.0.inner.mask' is also used"),
         (lambda: Shown(mlp), "blocks.2", "is also used by"),
+        (lambda: Net(Averaged), "blocks.0", "buffer '.*size', which training overwrites"),
+        (lambda: Net(normed), "blocks.0", "buffer '.*_v', which training overwrites"),
     ],
-    ids=["gelu", "relu6", "no-gain", "tied", "tied-buffer", "shown"],
+    ids=["gelu", "relu6", "no-gain", "tied", "tied-buffer", "shown", "average", "spectral-norm"],
 )
 def test_what_cannot_be_folded_exactly_is_refused_and_left_as_it_was(model, block, why):
     model = model().eval()

@@ -112,6 +112,39 @@ def test_recalibration_takes_the_statistics_of_what_is_left():
     assert torch.allclose(mean, seen["x"].double().mean((0, 2, 3)), atol=1e-6)
 
 
+class Grouped(nn.Module):
+    """A residual group of residual blocks."""
+
+    def __init__(self):
+        super().__init__()
+        inner = (sd.Residual(nn.Linear(8, 8)) for _ in range(2))
+        self.body = nn.Sequential(*inner, nn.Linear(8, 8))
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+@pytest.mark.parametrize("kept", [[0, 1, 4, 5], [0, 1, 2, 3, 4, 5], [2, 5], [2, 3, 4, 5]])
+def test_blocks_inside_a_removed_block_are_removed_with_it(kept):
+    model, x = nn.Sequential(*(Grouped() for _ in range(3))).double(), torch.rand(4, 8).double()
+    handle = sd.apply(model, sd.Uniform(0.5), example=x)
+    names = [block.name for block in handle.blocks]
+    assert names == [f"{n}{inner}" for n in range(3) for inner in (".body.0", ".body.1", "")]
+    with handle.subnetwork([n in kept for n in range(9)], scaled=True):
+        expected = model.eval()(x)
+    sd.truncate(model, kept, x)
+    assert len(model) == sum(n in kept for n in (2, 5, 8))
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_of_the_units_of_one_module_all_stay_or_none():
+    model = nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, batch_first=True) for _ in range(3)))
+    x = torch.rand(2, 4, 8)
+    sd.apply(model, sd.Uniform(0.5), example=x, granularity="unit")
+    with pytest.raises(sd.errors.TruncateError, match=r"\[0, 1\] are all in '0'.*or none"):
+        sd.truncate(model, range(1, 6), x)
+
+
 @pytest.mark.parametrize("batches", [iter(()), []])
 def test_a_recalibration_without_a_batch_is_refused_and_leaves_the_statistics(batches):
     model = network()
@@ -205,7 +238,9 @@ def test_a_block_that_does_more_than_pass_on_its_input_is_refused_by_name():
         ([9], r"keep=\[9\]: give different positions"),
         ([0, 0], r"keep=\[0, 0\]: give different positions"),
     ]
-    + [([-1], r"keep=\[-1\]: give different positions")],
+    + [([-1], r"keep=\[-1\]: give different positions")]
+    + [([True] * 9, "which are gates: give different positions")]
+    + [(torch.ones(9, dtype=torch.bool), "which are gates: give different positions")],
 )
 def test_a_choice_that_does_not_fit_is_refused(keep, said):
     model = network()

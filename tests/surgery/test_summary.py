@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import torch
@@ -41,6 +42,23 @@ def test_the_expected_saving_is_the_mean_over_all_patterns_of_gates():
         mean += weight * flops(model, handle, pattern)
     summary = sd.summary(model, IMAGES)
     assert summary.forward + summary.backward == full
+    assert summary.expected_saving == pytest.approx(1 - mean / full, abs=1e-12)
+
+
+def test_what_a_closed_block_has_inside_is_saved_once():
+    def group():
+        inner = (sd.Residual(nn.Conv2d(3, 3, 3, padding=1, bias=False)) for _ in range(2))
+        return sd.Residual(nn.Sequential(*inner, nn.Conv2d(3, 3, 1, bias=False)))
+
+    model = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), group(), group())
+    handle = sd.apply(model, sd.Uniform(0.3))
+    open_ = tuple(itertools.product((False, True), repeat=6))
+    costs = {pattern: flops(model, handle, pattern) for pattern in open_}
+    full = costs[(True,) * 6]
+    summary = sd.summary(model, IMAGES)
+    for pattern, cost in costs.items():
+        assert summary.saving(pattern) == pytest.approx(1 - cost / full, abs=1e-12)
+    mean = sum(math.prod(0.3 if b else 0.7 for b in p) * cost for p, cost in costs.items())
     assert summary.expected_saving == pytest.approx(1 - mean / full, abs=1e-12)
 
 

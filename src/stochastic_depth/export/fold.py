@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.block import Block, force
-from stochastic_depth.errors import FoldError, is_out_of_memory
+from stochastic_depth.errors import FoldError, first_line, is_out_of_memory
 from stochastic_depth.export.exponents import Inexact, Trace, exponents
 from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.applied import applied_to, handle_of, remove
@@ -109,6 +109,7 @@ def multipliers(
         run = caller(twin, example)
         before, outputs = _traced(twin, run, survival)
     result: dict[str, float] = {}
+    taken: dict[str, Block] = {}
     calls: dict[tuple[nn.Module, float], list[int]] = {}  # blocks of one module share their branch
     for number, (block, p) in enumerate(zip(blocks, survival, strict=True)):
         if p is not None and p not in (0, 1):
@@ -122,10 +123,45 @@ def multipliers(
         except Inexact as reason:
             raise _inexact(model, block, reason) from reason
         result |= {name: p**e for name, e in by_name.items()}
+        taken |= dict.fromkeys(by_name, block)
     multiply(twin, result)
     after, folded = _traced(twin, run, [p and 1.0 for p in survival])
     _require_same(model, (before, outputs), (after, folded))
+    _require_lasting(model, twin, run, {n: taken[n] for n in result})
     return result
+
+
+def _require_lasting(
+    model: nn.Module, twin: nn.Module, run: Callable[[], Any], blocks: Mapping[str, Block]
+) -> None:
+    """Check that a training pass does not overwrite the buffers that were multiplied.
+
+    It does so with the vectors of spectral normalisation, and with running means.
+
+    Args:
+        twin: the copy whose tensors were multiplied.
+        blocks: for each of them, by name, the block for whose p_l it was.
+
+    Raises:
+        FoldError: when one is overwritten, or when that cannot be tried.
+    """
+    state = twin.state_dict(keep_vars=True)
+    buffers = {n: state[n].clone() for n in blocks if not isinstance(state[n], nn.Parameter)}
+    if not buffers:
+        return
+    first = blocks[next(iter(buffers))]
+    with preserve_state(twin), torch.no_grad(), handle_of(twin).full_depth():
+        twin.train()
+        try:
+            run()
+        except Exception as error:
+            why = f"it would change buffers, and the model fails in training: {first_line(error)}"
+            raise _inexact(model, first, why) from error
+        after = twin.state_dict(keep_vars=True)
+        for name, buffer in buffers.items():
+            if not torch.equal(after[name], buffer):
+                why = f"it would change the buffer {name!r}, which training overwrites"
+                raise _inexact(model, blocks[name], why)
 
 
 def _require_same(

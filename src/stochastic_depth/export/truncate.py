@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 from stochastic_depth.block import force
@@ -14,9 +15,10 @@ from stochastic_depth.export.configurations import check_configuration
 from stochastic_depth.export.fold import multipliers, multiply
 from stochastic_depth.export.remove_blocks import replace_by_shortcuts
 from stochastic_depth.gates import Gate
+from stochastic_depth.numbers import whole_number
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.applied import applied_to, remove
-from stochastic_depth.surgery.blocks import MODULE_CONTAINERS, FoundBlock
+from stochastic_depth.surgery.blocks import MODULE_CONTAINERS, FoundBlock, enclosing
 from stochastic_depth.surgery.example import Example, caller
 from stochastic_depth.surgery.model_state import preserve_state
 from stochastic_depth.surgery.refuse import refuse_nested, refuse_sharded
@@ -38,7 +40,8 @@ def truncate(
     A `Residual` unit is replaced by its shortcut and activation, so that the names of all other
     weights stay. A block of any other class must return its input when it is closed, and is removed
     from its list. In a numbered list the following blocks move up, as in the same architecture
-    built with fewer layers, and the `config` of a transformers model is updated. The outputs are
+    built with fewer layers, and the `config` of a transformers model is updated. Blocks in the
+    branch of a removed block are removed with it, also if `keep` names them. The outputs are
     compared with those of `model` with the same blocks closed. The result can be trained further,
     and `sd.apply` can be called on it again.
 
@@ -66,7 +69,9 @@ def truncate(
         >>> len(sd.apply(model).blocks)
         3
     """
-    closed = _closed(applied_to(model).found, keep)
+    found = applied_to(model).found
+    closed = _closed(found, keep)
+    _require_whole(found, closed)
     refuse_sharded(model, "truncate")
     refuse_nested(example)
     weights = multipliers(model, example, closed)
@@ -92,8 +97,17 @@ def truncate(
         _recalibrate(twin, recalibrate)
     _edit(model, closed, weights)
     if recalibrate is not None:
-        for buffer, measured in zip(model.buffers(), twin.buffers(), strict=True):
-            buffer.copy_(measured)
+        _copy_statistics(model, twin)
+
+
+def _copy_statistics(model: nn.Module, measured: nn.Module) -> None:
+    """Give each BatchNorm of `model` the statistics that it has in `measured`."""
+    for module, other in zip(model.modules(), measured.modules(), strict=True):
+        if isinstance(module, _BatchNorm):
+            for buffer, statistic in zip(
+                module.buffers(recurse=False), other.buffers(recurse=False), strict=True
+            ):
+                buffer.copy_(statistic)
 
 
 def _recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
@@ -127,16 +141,48 @@ def stages(found: Sequence[FoundBlock]) -> list[list[int]]:
 
 def _closed(found: Sequence[FoundBlock], keep: int | Sequence[int]) -> list[int]:
     """The positions of the blocks that are not kept."""
-    if isinstance(keep, int):
-        if keep < 1:
+    count = whole_number(keep)
+    if count is not None:
+        if count < 1:
             raise TruncateError(f"keep={keep}: at least the first block of each stage is kept")
-        keep = [number for stage in stages(found) for number in stage[:keep]]
-    wrong = [number for number in keep if not 0 <= number < len(found)]
-    if wrong or len(set(keep)) < len(keep):
+        kept = [number for stage in stages(found) for number in stage[:count]]
+    else:
+        kept = _positions(keep, len(found))
+    around = enclosing(found)
+    return [n for n in range(len(found)) if n not in kept or not set(around[n]) <= set(kept)]
+
+
+def _positions(keep: object, blocks: int) -> list[int]:
+    """The positions in `keep`, as integers.
+
+    Raises:
+        TruncateError: when it is something else than different positions.
+    """
+    as_list: Any = getattr(keep, "tolist", None)  # of a NumPy array, or a tensor
+    keep = keep if as_list is None else as_list()
+    given = list(keep) if isinstance(keep, Iterable) else [keep]
+    positions = [whole_number(each) for each in given]
+    right = [p for p in positions if p is not None and 0 <= p < blocks]
+    if len(right) < len(given) or len(set(right)) < len(right):
+        gates = bool(given) and all(isinstance(each, bool) for each in given)
         raise TruncateError(
-            f"keep={list(keep)}: give different positions, from 0 to {len(found) - 1}"
+            f"keep={given}{', which are gates' * gates}: give different positions, from 0 to "
+            f"{blocks - 1}"
         )
-    return [number for number in range(len(found)) if number not in keep]
+    return right
+
+
+def _require_whole(found: Sequence[FoundBlock], closed: Collection[int]) -> None:
+    """Raise `TruncateError` if one unit of a module is removed, and another one stays."""
+    for number in closed:
+        module = found[number].module
+        kept = [n for n, each in enumerate(found) if each.module is module and n not in closed]
+        if kept and not isinstance(module, Residual):
+            whole = [n for n, each in enumerate(found) if each.module is module]
+            raise TruncateError(
+                f"the blocks at the positions {whole} are all in {found[number].name!r} "
+                f"({type(module).__name__}), which is removed as a whole: keep all of them, or none"
+            )
 
 
 def _closed_outputs(twin: nn.Module, closed: Sequence[int], example: Example) -> list[Tensor]:
@@ -147,9 +193,10 @@ def _closed_outputs(twin: nn.Module, closed: Sequence[int], example: Example) ->
     """
     applied = applied_to(twin)
     handles = []
+    around = enclosing(applied.found)
     for number in closed:
         block = applied.found[number]
-        if not isinstance(block.module, Residual):
+        if not isinstance(block.module, Residual) and not set(around[number]) & set(closed):
             handles.append(block.module.register_forward_hook(_must_pass(block), with_kwargs=True))
     blocks = [applied.handle.blocks[number] for number in closed]
     with preserve_state(twin), torch.no_grad(), force(blocks, Gate(open=False)):
@@ -176,7 +223,9 @@ def _must_pass(block: FoundBlock) -> Any:
 def _edit(model: nn.Module, closed: Sequence[int], weights: dict[str, float]) -> None:
     found = applied_to(model).found
     used = {name for n, block in enumerate(found) if n not in closed for name in block.modules}
-    names = [name for number in closed for name in _removed_with(found[number], model, used)]
+    around = enclosing(found)
+    outermost = [number for number in closed if not set(around[number]) & set(closed)]
+    names = [name for number in outermost for name in _removed_with(found[number], model, used)]
     multiply(model, weights)
     remove(model)
     replace_by_shortcuts(model, names)

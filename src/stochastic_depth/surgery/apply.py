@@ -104,10 +104,12 @@ def apply(
             number of open blocks is the floor or the ceiling of the sum of p_l, and each block is
             still open with probability p_l: step time and peak memory become those of the expected
             depth. With the other gates, each block with p_l > 0 gets round(p_l * batch) samples,
-            and at least one: shapes do not change from step to step.
+            and at least one: shapes do not change from step to step. In a small batch that is
+            another share of the samples than p_l. scale="training" divides by this share, and is
+            unbiased; scale="inference" is not, and warns if the two differ by more than 5 %.
         min_samples: with the "subset" gate, the smallest number of samples in a subset (BatchNorm
             needs two). Where p_l * batch is not much larger, blocks run on a larger share of the
-            samples than p_l; scale="training" divides by that share, and training is unbiased.
+            samples than p_l, with the same consequence.
         multiple_of: with balanced subsets, their size is rounded to a multiple of this, such as 8.
         closed: what a closed block saves. "skipped" saves all of its branch (the paper).
             "forward-only" runs the branch and adds it without its autograd graph, and saves only

@@ -97,6 +97,22 @@ class FoundBlock:
         return "Residual"
 
 
+def enclosing(found: Sequence[FoundBlock]) -> list[tuple[int, ...]]:
+    """For each block, the positions of the blocks that have it in their branch.
+
+    Such a block is named after a module inside theirs, and runs only while all of them are open.
+    """
+    branches = [(each.name, set(each.names_in_branch())) for each in found]
+    return [
+        tuple(
+            number
+            for number, (outer, branch) in enumerate(branches)
+            if is_inside(name, outer) and inner <= branch
+        )
+        for name, inner in branches
+    ]
+
+
 MECHANISM_OF: dict[type[Edit], Mechanism] = {
     RegisteredEdit: "registered",
     DeferredEdit: "deferred",

@@ -1,5 +1,6 @@
 """`sd.summary`: the cost of each block, and what skipping is expected to save."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from stochastic_depth.gates import CLOSED, OPEN
 from stochastic_depth.handle import Handle
 from stochastic_depth.plain_text import count_text, plain_table, si
 from stochastic_depth.surgery.applied import applied_to, handle_of, owner_of
+from stochastic_depth.surgery.blocks import enclosing
 from stochastic_depth.surgery.example import Example, caller, sum_of_outputs
 from stochastic_depth.surgery.flops import CountFlops
 from stochastic_depth.surgery.gated_class import fingerprint
@@ -37,6 +39,8 @@ class BlockSummary:
     """FLOPs of the forward pass."""
     backward: int
     """FLOPs of the backward pass."""
+    inside: tuple[int, ...] = ()
+    """Positions of the blocks that have it in their branch; it runs only while they are open."""
 
 
 SHALLOW = 20
@@ -88,7 +92,8 @@ class Summary:
     def expected_saving(self) -> float:
         """The expected share of a training step's FLOPs, from 0 to 1, that is saved.
 
-        A block costs its branch with probability p_l. Nothing else depends on the gates.
+        A block costs its branch with probability p_l, if the blocks around it are open. Nothing
+        else depends on the gates.
         """
         return self.saving([block.survival for block in self.blocks])
 
@@ -100,7 +105,9 @@ class Summary:
         if self.gate == "sample":
             return 0.0
         saved = sum(
-            (1 - share) * (b.backward + (b.forward if self.closed == "skipped" else 0))
+            math.prod(open_shares[outer] for outer in b.inside)
+            * (1 - share)
+            * (b.backward + (b.forward if self.closed == "skipped" else 0))
             for b, share in zip(self.blocks, open_shares, strict=True)
         )
         whole = self.forward + self.backward
@@ -168,7 +175,8 @@ def summary(model: nn.Module, example: Example) -> Summary:
         forward, backward, uncounted = _count(run)
         counted: dict[tuple[str, ...], tuple[int, int]] = {}
         summaries = []
-        for block, each, p in zip(handle.blocks, found, survival, strict=True):
+        around = enclosing(found)
+        for block, each, p, inside in zip(handle.blocks, found, survival, around, strict=True):
             module, names = block.module, [*each.modules.elements(), *each.parameters]
             branch = sorted(name.removeprefix(block.name) for name in names)
             alike = fingerprint(module), inputs.get(block.name, block.name), str(branch)
@@ -178,7 +186,7 @@ def summary(model: nn.Module, example: Example) -> Summary:
                 counted[alike] = forward - forward_without, backward - backward_without
             size = sum(p.numel() for owned in block.owned for p in owned.parameters())
             kind = type(module).__name__
-            summaries.append(BlockSummary(block.name, kind, p, size, *counted[alike]))
+            summaries.append(BlockSummary(block.name, kind, p, size, *counted[alike], inside))
     return Summary(
         tuple(summaries),
         forward,
