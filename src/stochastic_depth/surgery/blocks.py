@@ -40,7 +40,7 @@ class Unit:
     """Names of the modules that its branch calls."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FoundBlock:
     """A residual block before it has gates: a `Residual` unit, or additions in other modules.
 
@@ -250,4 +250,12 @@ def residual_block(name: str, module: Residual, flops: int) -> FoundBlock:
     """The block of a `Residual` unit."""
     parameters = tuple(inner for inner, _ in module.branch.named_parameters(_branch(name)))
     shortcut = "identity" if module.shortcut is None else "projection"
-    return FoundBlock(name, module, shortcut, (), Counter(), parameters, flops)
+    return FoundBlock(
+        name=name,
+        module=module,
+        shortcut=shortcut,
+        units=(),
+        modules=Counter(),
+        parameters=parameters,
+        flops=flops,
+    )

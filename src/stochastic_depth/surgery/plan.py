@@ -22,7 +22,7 @@ from stochastic_depth.surgery.select_modules import ModuleSelector
 from stochastic_depth.survival import Survival
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlannedBlock:
     """One residual block, and how it would be made skippable."""
 
@@ -144,15 +144,15 @@ def plan(
     return Plan(
         tuple(
             PlannedBlock(
-                block.name,
-                type(block.module).__name__,
-                block.shortcut,
-                block.mechanism,
-                survival,
-                sum(model.get_parameter(name).numel() for name in block.parameters),
-                block.flops,
-                block.refusal,
-                block.training_only,
+                name=block.name,
+                kind=type(block.module).__name__,
+                shortcut=block.shortcut,
+                mechanism=block.mechanism,
+                survival=survival,
+                parameters=sum(model.get_parameter(name).numel() for name in block.parameters),
+                flops=block.flops,
+                refusal=block.refusal,
+                training_only=block.training_only,
             )
             for block, survival in zip(found, p, strict=True)
         ),

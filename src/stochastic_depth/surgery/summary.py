@@ -25,7 +25,7 @@ from stochastic_depth.survival import StepDependent
 from stochastic_depth.tensors import tensors_in
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockSummary:
     """One block, and the FLOPs of its branch, counted as 2 per multiply-add."""
 
@@ -47,7 +47,7 @@ SHALLOW = 20
 """A network with fewer blocks counts as shallow."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Summary:
     """The cost of a model, block by block; printed, it is a table."""
 
@@ -178,23 +178,33 @@ def summary(model: nn.Module, example: Example) -> Summary:
         around = enclosing(found)
         for block, each, p, inside in zip(handle.blocks, found, survival, around, strict=True):
             module, names = block.module, [*each.modules.elements(), *each.parameters]
-            branch = sorted(name.removeprefix(block.name) for name in names)
-            alike = fingerprint(module), inputs.get(block.name, block.name), str(branch)
+            in_branch = sorted(name.removeprefix(block.name) for name in names)
+            alike = fingerprint(module), inputs.get(block.name, block.name), str(in_branch)
             if alike not in counted:
                 with force([block], CLOSED):
                     forward_without, backward_without, _ = _count(run)
                 counted[alike] = forward - forward_without, backward - backward_without
-            size = sum(p.numel() for owned in block.owned for p in owned.parameters())
-            kind = type(module).__name__
-            summaries.append(BlockSummary(block.name, kind, p, size, *counted[alike], inside))
+            branch_forward, branch_backward = counted[alike]
+            owned = (parameter for each in block.owned for parameter in each.parameters())
+            summaries.append(
+                BlockSummary(
+                    name=block.name,
+                    kind=type(module).__name__,
+                    survival=p,
+                    parameters=sum(parameter.numel() for parameter in owned),
+                    forward=branch_forward,
+                    backward=branch_backward,
+                    inside=inside,
+                )
+            )
     return Summary(
-        tuple(summaries),
-        forward,
-        backward,
-        handle.settings.closed,
-        handle.gate,
-        _gating(handle),
-        dict(uncounted),
+        blocks=tuple(summaries),
+        forward=forward,
+        backward=backward,
+        closed=handle.settings.closed,
+        gate=handle.gate,
+        gating=_gating(handle),
+        uncounted=dict(uncounted),
     )
 
 

@@ -22,7 +22,7 @@ from stochastic_depth.surgery.refuse import refuse_nested, refuse_sharded
 from stochastic_depth.timing import take_turns
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verification:
     """The result of `sd.verify`; printed, it is a table of the FLOPs and the time saved."""
 
@@ -132,11 +132,11 @@ def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verificat
     full = flops["all"] or 1
     seconds = {name: statistics.median(r[name] for r in rounds) for name in steps}
     return Verification(
-        len(blocks),
-        proved.sets,
-        proved.difference,
-        (1.0, flops["every other"] / full, flops["none"] / full),
-        (seconds["all"], seconds["every other"], seconds["none"]),
+        blocks=len(blocks),
+        sets=proved.sets,
+        difference=proved.difference,
+        flops=(1.0, flops["every other"] / full, flops["none"] / full),
+        seconds=(seconds["all"], seconds["every other"], seconds["none"]),
     )
 
 

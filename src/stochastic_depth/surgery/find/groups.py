@@ -26,7 +26,7 @@ def mostly_shared(exclusive: float) -> str:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Group:
     """Additions that share one gate, and the module calls that nothing else needs."""
 
@@ -66,15 +66,15 @@ def group_of(name: str, events: Sequence[AdditionEvent], analysis: Analysis) -> 
         if not deferred.isdisjoint(recording.values[value].parents):
             deferred.add(value)
     return Group(
-        name,
-        tuple(events),
-        owner,
-        outermost,
-        Counter(call.name for call in calls),
-        tuple(sorted(recording.parameters(exclusive))),
-        sum(recording.values[value].flops for value in exclusive & deferred),
-        _share(events, deferred, analysis),
-        _share(events, exclusive, analysis),
+        name=name,
+        events=tuple(events),
+        owner=owner,
+        calls=outermost,
+        modules=Counter(call.name for call in calls),
+        parameters=tuple(sorted(recording.parameters(exclusive))),
+        flops=sum(recording.values[value].flops for value in exclusive & deferred),
+        saved_share=_share(events, deferred, analysis),
+        exclusive_share=_share(events, exclusive, analysis),
     )
 
 

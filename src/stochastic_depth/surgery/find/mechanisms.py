@@ -61,14 +61,16 @@ def edited_block(
             modules=before.modules | unit.modules,
         )
     return FoundBlock(
-        name,
-        module,
-        ", ".join(dict.fromkeys("identity" if a.identity else "projection" for a in additions)),
-        tuple(units.values()),
-        functools.reduce(operator.or_, (Counter(a.modules) for a in additions)),
-        tuple(sorted(frozenset[str]().union(*(a.parameters for a in additions)))),
-        flops,
-        refusal,
+        name=name,
+        module=module,
+        shortcut=", ".join(
+            dict.fromkeys("identity" if a.identity else "projection" for a in additions)
+        ),
+        units=tuple(units.values()),
+        modules=functools.reduce(operator.or_, (Counter(a.modules) for a in additions)),
+        parameters=tuple(sorted(frozenset[str]().union(*(a.parameters for a in additions)))),
+        flops=flops,
+        refusal=refusal,
     )
 
 
@@ -173,14 +175,14 @@ def deferred_block(
         refusal = f"{before}; nor can it be deferred: {error}" if before else str(error)
     shortcuts = dict.fromkeys("identity" if e.identity else "projection" for e in group.events)
     return FoundBlock(
-        group.name,
-        modules[group.name],
-        ", ".join(shortcuts),
-        units,
-        group.modules,
-        group.parameters,
-        group.flops,
-        refusal,
+        name=group.name,
+        module=modules[group.name],
+        shortcut=", ".join(shortcuts),
+        units=units,
+        modules=group.modules,
+        parameters=group.parameters,
+        flops=group.flops,
+        refusal=refusal,
     )
 
 
