@@ -309,6 +309,26 @@ def test_with_a_step_of_its_own_each_micro_batch_asks_the_schedule_once() -> Non
             assert asked == [step]
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_every_draw_is_for_the_step_of_an_optimizer_that_is_followed_and_a_copy_follows_none(
+    copied,
+) -> None:
+    handle = sd.apply(model := Net(), HALF)
+    steps = [7]
+    handle.optimizer_steps = lambda: steps[0]
+    for steps[0] in (7, 8):
+        for _ in range(2):
+            model.train()(batch(0))
+            assert torch.equal(handle.gates, draw(0, steps[0], handle.survival))
+            with handle.draw():
+                assert torch.equal(handle.gates, draw(0, steps[0], handle.survival))
+    assert handle.step == 9
+    _, other = copied((model, handle))
+    for step in (9, 10):
+        other.draw()
+        assert torch.equal(other.gates, draw(0, step, other.survival))
+
+
 @pytest.mark.parametrize("field", ["seed", "step", "survival", "gate"])
 def test_a_state_without_a_field_is_an_error_that_names_it(field: str) -> None:
     handle = sd.apply(Net(), HALF)

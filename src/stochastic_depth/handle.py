@@ -67,6 +67,8 @@ class Handle:
         rank_samples: for gates of single samples, if several processes share a mini-batch: which of
             its samples are in this process. It may be set, also as (first, whole).
         balanced_parts: how many processes share a mini-batch, in equal parts; each is balanced.
+        optimizer_steps: if a training loop's integration has set it, the count of optimizer steps:
+            each draw is for that step, whatever `step` was. A copy of the model has None.
 
     Examples:
         >>> model = sd.models.CifarResNet(20)
@@ -92,6 +94,7 @@ class Handle:
         self.rank: int | None = None
         self.rank_samples: RankSamples | tuple[int, int] | None = None
         self.balanced_parts = 1
+        self.optimizer_steps: Callable[[], int] | None = None
         self.passes: Passes | None = None
         """The forward passes of the model; None for a handle that `sd.apply` has not returned."""
         self.observers: list[Callable[[list[Gate] | None], None]] = []
@@ -221,6 +224,8 @@ class Handle:
                 self._coins = self._in_training.coins
             return self._gates_while_forced()
         self._require_number_of_samples(batch)
+        if self.optimizer_steps is not None:
+            self.step = self.optimizer_steps()
         self._set_survival(self.step)
         first, whole = self.rank_samples or (0, batch)
         coins = self._draw(self.step, whole, self._survival)
@@ -511,8 +516,10 @@ class Handle:
         if self._in_training == "full depth":
             self.restore_gates()
 
-    def __getstate__(self) -> dict[str, Any]:  # gates that are forced are not forced in a copy
-        return {**self.__dict__, "_in_training": None, "_in_evaluation": None, "observers": []}
+    def __getstate__(self) -> dict[str, Any]:
+        """The state of a copy: no gates are forced, and no optimizer is followed."""
+        forced = {"_in_training": None, "_in_evaluation": None}
+        return {**self.__dict__, **forced, "observers": [], "optimizer_steps": None}
 
     def _identity(self) -> dict[str, Any]:
         return self.probabilities.to_json() | asdict(self.settings)

@@ -1,6 +1,7 @@
 """Gates that follow the optimizer under accelerate, in its loops and its saved states."""
 
 import copy
+import io
 import json
 
 import pytest
@@ -77,6 +78,54 @@ def test_each_of_two_models_follows_its_own_optimizer_and_has_its_own_state(tmp_
     accelerator, pairs = prepared()
     accelerator.load_state(str(tmp_path))
     assert [(handle.seed, handle.step) for _, _, handle in pairs] == [(1, 1), (2, 2)]
+
+
+def test_a_second_follow_replaces_the_first_and_goes_on_from_the_step_of_the_gates(tmp_path):
+    loop = Loop(accumulate=1)
+    loop.train(0, 3)
+    first = loop.optimizer
+    second = torch.optim.AdamW(loop.model.parameters(), lr=0.01)
+    loop.optimizer = loop.accelerator.prepare(second)
+    follow(loop.accelerator, loop.model, loop.optimizer)
+    loop.train(3, 6)
+    first.step()  # counts no longer
+    loop.train(6, 8)
+    assert loop.gates == [loop.handle.gates_at(n).tolist() for n in range(8)]
+    loop.accelerator.save_state(str(tmp_path))
+    assert json.loads((tmp_path / FILE).read_text())["step"] == 8
+    loop.handle.step = 100
+    follow(loop.accelerator, loop.model, loop.optimizer)
+    loop.train(8, 10)
+    assert loop.gates[8:] == [loop.handle.gates_at(n).tolist() for n in (100, 101)]
+    loop.accelerator.load_state(str(tmp_path))
+    loop.train(8, 9)
+    assert loop.gates[-1] == loop.handle.gates_at(8).tolist()
+
+
+def pickled(model):
+    torch.save(model, file := io.BytesIO())
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copy_of",
+    [copy.deepcopy, pickled, lambda model: torch.optim.swa_utils.AveragedModel(model).module],
+)
+def test_a_copy_of_a_followed_model_has_gates_of_its_own(copy_of):
+    loop = Loop(accumulate=1)
+    loop.train(0, 3)
+    copied = copy_of(loop.model).train()
+    handle = sd.handle_of(copied)
+    gates = []
+    for step in (None, None, 50, None):
+        if step is not None:
+            handle.step = step
+        copied(IMAGES[0])
+        gates.append(handle.gates.tolist())
+    assert gates == [loop.handle.gates_at(n).tolist() for n in (3, 4, 50, 51)]
+    loop.train(3, 5)
+    assert loop.gates[3:] == [loop.handle.gates_at(n).tolist() for n in (3, 4)]
 
 
 def test_a_model_that_the_accelerator_has_let_go_of_keeps_no_file(tmp_path):

@@ -73,6 +73,69 @@ def test_gates_are_drawn_for_a_step_of_the_optimizer_or_for_each_pass(per, diffe
     assert len({tuple(gates) for gates in seen.seen}) == different
 
 
+def test_all_passes_of_a_step_share_gates(tmp_path):
+    gates = []
+
+    class TwoPasses(hf.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            losses = []
+            for _ in range(2):
+                losses.append(model(**inputs).loss)
+                gates.append(sd.handle_of(model).gates.tolist())
+            return sum(losses)
+
+    callback = StochasticDepthCallback(sd.Uniform(0.5), seed=1)
+    arguments = hf.TrainingArguments(
+        str(tmp_path), report_to="none", disable_tqdm=True, use_cpu=True, max_steps=3,
+        gradient_accumulation_steps=2,
+    )  # fmt: skip
+    model = gpt2()
+    TwoPasses(model, arguments, train_dataset=DATA, callbacks=[callback]).train()
+    assert gates == [callback.handle.gates_at(n // 4).tolist() for n in range(12)]
+    model.train()(**{name: row[None] for name, row in DATA[0].items()})
+    assert callback.handle.step == 4  # a loop of one's own draws a next step again
+
+
+def test_the_best_checkpoint_is_evaluated_with_its_own_probabilities(tmp_path):
+    def evaluated(**options):
+        callback = StochasticDepthCallback(sd.Uniform(0.3), schedule=sd.Warmup(8))
+        arguments = hf.TrainingArguments(
+            str(tmp_path), report_to="none", disable_tqdm=True, use_cpu=True, max_steps=8,
+            **options,
+        )  # fmt: skip
+        made = hf.Trainer(
+            gpt2(), arguments, train_dataset=DATA, eval_dataset=DATA, callbacks=[callback]
+        )
+        return made, callback
+
+    saved = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "greater_is_better": True}
+    best, callback = evaluated(load_best_model_at_end=True, **saved)
+    best.train()
+    step = best.state.best_global_step
+    assert step == 2  # the highest loss counts as the best
+    # Warmup lowers p from 1 to 0.3 in 8 steps; the last draw before a checkpoint is for step - 1.
+    p = pytest.approx(1 - 0.7 * (step - 1) / 8)
+    assert callback.handle.survival[0] == p
+    assert best.evaluate()["eval_loss"] == best.state.best_metric
+
+    fresh, callback = evaluated()
+    fresh.model.load_state_dict(best.model.state_dict())
+    assert fresh.evaluate()["eval_loss"] != pytest.approx(best.state.best_metric)
+    callback.load_checkpoint(tmp_path / f"checkpoint-{step}")
+    assert callback.handle.survival[0] == p
+    assert fresh.evaluate()["eval_loss"] == best.state.best_metric
+
+
+def test_a_folder_without_gates_is_refused(tmp_path):
+    callback = StochasticDepthCallback()
+    trainer(gpt2(), tmp_path, callback)
+    with pytest.raises(sd.errors.CheckpointError, match=r"trainer_state\.json is missing"):
+        callback.load_checkpoint(tmp_path)
+    trainer(gpt2(), tmp_path, max_steps=3).train()
+    with pytest.raises(sd.errors.CheckpointError, match="without StochasticDepthCallback"):
+        callback.load_checkpoint(tmp_path / "checkpoint-3")
+
+
 def test_resumption_goes_on_with_gates_for_each_pass(tmp_path):
     options = {"gradient_accumulation_steps": 2, "max_steps": 6}
     seen, again = Gates(), Gates()

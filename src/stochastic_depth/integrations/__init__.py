@@ -74,8 +74,8 @@ class Settings:
             raise ApplyError(
                 f"stochastic depth is applied to several modules ({', '.join(map(repr, inside))}), "
                 "and the callback follows one of them: call sd.apply once, on a module that "
-                "contains all (stacks= counts the blocks in each part), or set handle.step of each "
-                "in the training loop"
+                "contains all (stacks= counts the blocks in each part), or in Lightning give "
+                "StochasticDepth(network=...) for each"
             )
         return handles[0]
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from stochastic_depth.errors import ApplyError, CheckpointError
 from stochastic_depth.files import write_whole
@@ -25,7 +26,10 @@ def follow(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Handle
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         follow(accelerator, model, optimizer)
 
-    All micro-batches of a step then run under the same gates, whatever the accumulation.
+    All micro-batches of a step then run under the same gates, whatever the accumulation. The count
+    begins at `handle.step`. Call it again for another optimizer, or after setting `handle.step`: it
+    replaces the earlier call. A copy of the model is not followed.
+
     `save_state` and `load_state` write and read the state of the gates, in a JSON file of its own.
     If there are several models, prepare them in the same order when a run is resumed.
 
@@ -52,26 +56,41 @@ def follow(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Handle
             f"({', '.join(map(repr, inside))}): call follow for each of them"
         )
     (applied,) = inside.values()
-    steps = _Steps(accelerator, handle_of(applied))
+    handle = handle_of(applied)
+    steps = _Steps(accelerator, handle)
     if steps.file() is None:
         raise ApplyError(
             f"{type(model).__name__} was not prepared by this accelerator: "
             "model, optimizer = accelerator.prepare(model, optimizer) first"
         )
-    applied.register_forward_pre_hook(steps.before_forward, prepend=True)
-    own: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-    own.register_step_post_hook(steps.after_step)
-    accelerator.register_save_state_pre_hook(steps.save)
-    accelerator.register_load_state_pre_hook(steps.load)
-    return steps.handle
+    if isinstance(handle.optimizer_steps, _Steps):
+        handle.optimizer_steps.remove()
+    steps.follow(getattr(optimizer, "optimizer", optimizer))
+    return handle
 
 
 class _Steps:
-    """Counts the steps of an optimizer, and sets the step of the gates to that count."""
+    """The count of an optimizer's steps, which the gates of one model follow."""
 
     def __init__(self, accelerator: Accelerator, handle: Handle) -> None:
         self._accelerator = accelerator
         self.handle, self.done = handle, handle.step
+        self._hooks: list[RemovableHandle] = []
+
+    def __call__(self) -> int:
+        return self.done
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        self.handle.optimizer_steps = self
+        self._hooks = [
+            optimizer.register_step_post_hook(self.after_step),
+            self._accelerator.register_save_state_pre_hook(self.save),
+            self._accelerator.register_load_state_pre_hook(self.load),
+        ]
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     def file(self) -> str | None:
         """The name of its file, by its place among the models of the accelerator; None if it is no
@@ -82,10 +101,6 @@ class _Steps:
             if handle_of(each) is self.handle:
                 return FILE if number == 1 else f"{Path(FILE).stem}_{number}.json"
         return None
-
-    def before_forward(self, model: nn.Module, inputs: Any) -> None:
-        if model.training:
-            self.handle.step = self.done
 
     def after_step(self, *_: object) -> None:
         self.done += 1
