@@ -29,6 +29,9 @@ def skip_closed(ddp: nn.Module) -> None:
     gradients of a block are sent when it was open in any of the forward passes. With gates for
     single samples, with per-rank gates, and after `sd.remove`, every gradient is sent.
 
+    What adds parameters to the model or wraps its modules, such as LoRA, must have done so before
+    `ddp` was created.
+
     Raises:
         ApplyError: when `ddp` is neither, or contains no stochastic depth.
         GateError: in a backward pass, on every rank, when ranks have different gates. On a GPU this

@@ -26,7 +26,7 @@ def modules_to_shard(model: nn.Module) -> list[list[nn.Module]]:
 
     They hold all parameters of the branches, except those of the block itself and of modules that
     also run under a closed gate. A module that several blocks use is listed for one of them. Blocks
-    inside the branch of another block come first.
+    inside the branch of another block come first. The model may have been wrapped since `sd.apply`.
 
     Raises:
         ApplyError: when `sd.apply` was not called on `model`.
@@ -54,7 +54,7 @@ def shard_branches(model: nn.Module, **options: Any) -> None:
 
     A closed block then needs no all-gather in the forward and backward pass, and no reduce-scatter.
     The rest of the model is left for `fully_shard(model, **options)`, which must be called
-    afterwards.
+    afterwards. There is a warning when no module runs only in a branch.
 
     `fully_shard` on whole blocks works too, but saves only the reduce-scatter, because a block is
     gathered when it is called, before its gate is read.
