@@ -164,12 +164,19 @@ class ParameterOwners:
         names = (name for name, _ in model.named_parameters(remove_duplicate=False))
         self._count = _count_inside(names)
 
-    def of(self, names: Iterable[str]) -> tuple[OwnedParameters, ...]:
+    def of(
+        self, names: Iterable[str], around: Iterable[nn.Module] = ()
+    ) -> tuple[OwnedParameters, ...]:
         """The parameters of the model with these names, by owner.
 
         Where possible the result has a whole module in place of its parameters: as few and as large
         modules as possible, all of whose parameters are among the names.
+
+        Args:
+            around: modules that run under a closed gate too. No module of the result contains one,
+                because what such a module is wrapped in later runs then as well.
         """
+        around = set(around)
         names = list(dict.fromkeys(names))
         wanted = _count_inside(names)
         result: dict[OwnedParameters, None] = {}
@@ -177,7 +184,10 @@ class ParameterOwners:
             path = name.split(".")
             for length in range(1, len(path) + 1):
                 inside = ".".join(path[:length])
-                if length == len(path) or wanted[inside] == self._count.get(inside):
+                if length == len(path) or (
+                    wanted[inside] == self._count.get(inside)
+                    and around.isdisjoint(self._model.get_submodule(inside).modules())
+                ):
                     owner = self._model.get_submodule(".".join(path[: length - 1]))
                     result[OwnedParameters(owner, path[length - 1])] = None
                     break

@@ -4,8 +4,9 @@ Networks are in float64 without batch normalisation, so that ranks which share a
 where one process ends that has all of it.
 """
 
+import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed._composable.replicate import replicate
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -533,6 +537,190 @@ def blocks_of_a_foreign_model_are_sharded_by_their_branches() -> None:
     assert_same_end(*ends)
 
 
+class Lora(nn.Module):
+    """A frozen layer with an adapter of rank 2, as those that are put in place of a layer."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = layer.requires_grad_(False)
+        source = torch.Generator().manual_seed(0)
+        self.down, self.up = (
+            nn.Parameter(0.1 * torch.randn(size, dtype=torch.float64, generator=source))
+            for size in ((2, WIDTH), (WIDTH, 2))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + x @ self.down.T @ self.up.T
+
+
+def checkpoint_blocks(model: nn.Sequential) -> None:
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
+
+
+def checkpoint_layers(model: nn.Sequential) -> None:
+    apply_activation_checkpointing(model[:-1], check_fn=lambda m: isinstance(m, nn.Linear))
+
+
+def adapt_layers(model: nn.Sequential) -> None:
+    for block in model[:-1]:
+        block.up, block.down = Lora(block.up), Lora(block.down)
+
+
+def add_a_layer_behind_each_block(model: nn.Sequential) -> None:
+    """A layer that runs under a closed gate too."""
+    for number, block in enumerate(model[:-1]):
+        torch.manual_seed(number)
+        model[number] = nn.Sequential(block, nn.Linear(WIDTH, WIDTH).double())
+
+
+def normalise_weights(model: nn.Sequential) -> None:
+    for block in model[:-1]:
+        nn.utils.parametrizations.weight_norm(block.up)
+        nn.utils.parametrize.register_parametrization(block, "gain", nn.Softplus())
+
+
+WRAPPERS = (
+    lambda model: None,
+    checkpoint_blocks,
+    checkpoint_layers,
+    adapt_layers,
+    add_a_layer_behind_each_block,
+    normalise_weights,
+)
+
+
+def wrapped(wrap: Callable[[nn.Module], None], before: bool) -> tuple[nn.Module, sd.Handle, list]:
+    """A foreign model that is wrapped before or after `sd.apply`, its handle and its blocks."""
+    torch.manual_seed(0)
+    blocks = [Block() for _ in range(4)]
+    model = nn.Sequential(*blocks, nn.Linear(WIDTH, WIDTH)).double()
+    if before:
+        wrap(model)
+    handle = sd.apply(model, sd.Uniform(0.5), example=mini_batch(0)[0], seed=1)
+    if not before:
+        wrap(model)
+    return model, handle, blocks
+
+
+def bytes_of(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(8 * p.numel() for p in parameters)
+
+
+def trained(module: nn.Module) -> int:
+    return bytes_of(p for p in module.parameters() if p.requires_grad)
+
+
+def a_wrapper_changes_nothing_of_which_gradients_are_sent() -> None:
+    for wrap, before in itertools.product(WRAPPERS, (True, False)):
+        model, handle, blocks = wrapped(wrap, before)
+        ddp, optimizer = DistributedDataParallel(model), sgd(model)
+        skip_closed(ddp)
+        everything, of_blocks = trained(model), [trained(block) for block in blocks]
+        for step in range(4):
+            with Collectives() as collectives:
+                train(ddp, optimizer, mine, range(step, step + 1))
+            closed = sum(n for n, gate in zip(of_blocks, handle.gates, strict=True) if not gate)
+            sent = collectives.bytes["allreduce"] - AGREED
+            assert sent == everything - closed, (wrap, before, step)
+        other, *_ = wrapped(wrap, before)
+        train(other, sgd(other), whole, range(4))
+        assert_same_end(model, other)
+
+
+def a_wrapper_changes_nothing_of_which_parameters_are_gathered() -> None:
+    """All but those of closed branches; the gain of a block is not in a module of its branch."""
+    for wrap, before in itertools.product(WRAPPERS, (True, False)):
+        model, handle, blocks = wrapped(wrap, before)
+        branches = [bytes_of(p for m in b.children() for p in m.parameters()) for b in blocks]
+        if wrap is normalise_weights and not before:  # its parametrization was not there yet
+            branches = [n - 8 * WIDTH for n in branches]
+        rest = bytes_of(model.parameters()) - sum(branches)
+        shard_branches(model)
+        fully_shard(model)
+        optimizer = sgd(model)
+        for step in range(4):
+            with Collectives() as collectives:
+                train(model, optimizer, mine, range(step, step + 1))
+            open_blocks = int(handle.gates.sum())
+            case = wrap, before, step
+            assert collectives.calls["allgather_base"] == 1 + 2 * open_blocks, case
+            assert collectives.calls["reduce_scatter_base"] == 1 + open_blocks, case
+            gathered = rest + 2 * open_blocks * branches[0]
+            assert collectives.bytes["allgather_base"] == gathered, case
+        other, *_ = wrapped(wrap, before)
+        train(other, sgd(other), whole, range(4))
+        assert_same_end(model, other)
+
+
+class UsesALayerAgain(nn.Module):
+    """A model whose output goes through a layer of its first block again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.handle, blocks = wrapped(lambda model: None, before=True)
+        self.again = blocks[0].up
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(self.model(x))
+
+
+def a_layer_that_the_model_around_uses_too_is_always_sent() -> None:
+    model, other = UsesALayerAgain(), UsesALayerAgain()
+    ddp = DistributedDataParallel(model)
+    skip_closed(ddp)
+    train(ddp, sgd(model), mine, range(4))
+    train(other, sgd(other), whole, range(4))
+    assert not all(bool(model.handle.gates_at(step)[0]) for step in range(4))
+    assert_same_end(model, other)
+
+
+class ListOfLayers(nn.Module):
+    """A block that calls the layers in a list, which is not called itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.layers
+        return x + second(torch.relu(first(x)))
+
+
+def layers_in_a_list_are_sharded() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(ListOfLayers() for _ in range(4))).double()
+    handle = sd.apply(model, sd.Uniform(0.5), example=mini_batch(0)[0], seed=1)
+    other = copy.deepcopy(model)
+    assert modules_to_shard(model) == [[*block.layers] for block in model]
+    shard_branches(model)
+    fully_shard(model)
+    optimizer = sgd(model)
+    for step in range(4):
+        with Collectives() as collectives:
+            train(model, optimizer, mine, range(step, step + 1))
+        assert collectives.calls["allgather_base"] == 2 * int(handle.gates.sum())
+    train(other, sgd(other), whole, range(4))
+    assert_same_end(model, other)
+
+
+class OwnParameter(nn.Module):
+    """A block that has the parameters of its branch itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH, WIDTH, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(x @ self.weight)
+
+
+def a_model_in_which_no_module_is_in_a_branch_is_warned_of() -> None:
+    model = nn.Sequential(*(OwnParameter() for _ in range(2)))
+    sd.apply(model, sd.Uniform(0.5), example=mini_batch(0)[0])
+    with pytest.warns(UserWarning, match="no module of Sequential runs only in the branch"):
+        shard_branches(model)
+
+
 def batch_normalisation_over_all_ranks_is_that_of_the_whole_mini_batch() -> None:
     ranks, rank = dist.get_world_size(), dist.get_rank()
     sizes = [2 + other for other in range(ranks)]  # uneven
@@ -633,6 +821,11 @@ ON_TWO = (
     gates_that_differ_and_shards_are_refused_together,
     sharded_by_blocks_it_trains_like_one_process_and_reduces_nothing_for_closed_ones,
     blocks_of_a_foreign_model_are_sharded_by_their_branches,
+    a_wrapper_changes_nothing_of_which_gradients_are_sent,
+    a_wrapper_changes_nothing_of_which_parameters_are_gathered,
+    a_layer_that_the_model_around_uses_too_is_always_sent,
+    layers_in_a_list_are_sharded,
+    a_model_in_which_no_module_is_in_a_branch_is_warned_of,
 )
 CHECKS = {
     "two": (

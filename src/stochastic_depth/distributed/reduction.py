@@ -1,6 +1,7 @@
 """Data parallelism that does not send the gradients of closed blocks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,7 @@ from torch.distributed import GradBucket  # pyright: ignore[reportPrivateImportU
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from stochastic_depth.block import Block
 from stochastic_depth.distributed.rank_gates import GateConsistency
 from stochastic_depth.errors import ApplyError
 from stochastic_depth.gates import Gate
@@ -26,6 +28,9 @@ def skip_closed(ddp: nn.Module) -> None:
     are sent during the backward pass, as usual. With gradient accumulation (`ddp.no_sync()`), the
     gradients of a block are sent when it was open in any of the forward passes. With gates for
     single samples, with per-rank gates, and after `sd.remove`, every gradient is sent.
+
+    What adds parameters to the model or wraps its modules, such as LoRA, must have done so before
+    `ddp` was created.
 
     Raises:
         ApplyError: when `ddp` is neither, or contains no stochastic depth.
@@ -47,20 +52,20 @@ def skip_closed(ddp: nn.Module) -> None:
             f"{type(model).__name__} has no stochastic depth: sd.apply(model) first, then "
             "DistributedDataParallel(model)"
         )
-    blocks = [_Blocks(model, name, inner) for name, inner in applied.items()]
+    blocks = [_Blocks(model, inner) for inner in applied.values()]
     ddp.register_comm_hook(_Reduction(blocks, group), _Reduction.reduce)
 
 
 class _Blocks:
     """The blocks of one model: their parameters, and which blocks were closed."""
 
-    def __init__(self, whole: nn.Module, name: str, model: nn.Module) -> None:
+    def __init__(self, whole: nn.Module, model: nn.Module) -> None:
         self.handle: Handle = handle_of(model)
         self._whole = whole
         self._closed: set[int] | None = None
         """The blocks that were closed in every forward pass since the last reduction; None if no
         pass was noted, as after `sd.remove`, and then none counts as closed."""
-        self._owners = _owners(whole, f"{name}." if name else "", self.handle)
+        self._owners = _owners(whole, model, self.handle.blocks)
         self.handle.observers.append(self._note)
 
     def _note(self, gates: list[Gate] | None) -> None:
@@ -89,20 +94,44 @@ class _Blocks:
         return bool(owners and self._closed and self._closed.issuperset(owners))
 
 
-def _owners(whole: nn.Module, prefix: str, handle: Handle) -> dict[Tensor, list[int]]:
-    """For each parameter that only blocks use, the numbers of these blocks."""
-    numbers_by_name: dict[str, list[int]] = {}
-    for number, block in enumerate(handle.blocks):
-        for name in block.parameters:
-            numbers_by_name.setdefault(prefix + name, []).append(number)
+def used_outside(whole: nn.Module, model: nn.Module, blocks: Sequence[Block]) -> set[Tensor]:
+    """The parameters that modules outside of the branches have.
+
+    Modules and parameters are compared by identity, because wrapping a model changes names. Inside
+    of `model` a module of a branch is used by branches only, as `sd.apply` has found. But a module
+    around `model` that has it too, or its parameters, may use them whatever the gates are.
+
+    Args:
+        whole: the model that contains `model`, or `model` itself.
+        model: the model that `sd.apply` was called on.
+        blocks: its blocks.
+    """
+    children = set[nn.Module]()
+    single: dict[nn.Module, set[Tensor]] = {}
+    for each in chain.from_iterable(block.owned for block in blocks):
+        if (child := each.owner._modules.get(each.name)) is not None:
+            children.add(child)
+            continue
+        parametrizations = each.owner._modules.get("parametrizations") or nn.Module()
+        for module in (each.owner, *parametrizations.modules()):
+            single.setdefault(module, set()).update(each.parameters())
+    outside = set[Tensor | None]()
+    for _, module in whole.named_modules(memo={model}):  # it is not entered
+        outside.update(module._parameters.values())
+    for _, module in model.named_modules(memo=children):
+        outside.update({*module._parameters.values()} - single.get(module, set()))
+    return {parameter for parameter in outside if parameter is not None}
+
+
+def _owners(whole: nn.Module, model: nn.Module, blocks: Sequence[Block]) -> dict[Tensor, list[int]]:
+    """For each trained parameter that only blocks use, the numbers of these blocks."""
     owners: dict[Tensor, list[int]] = {}
-    shared = set()
-    for name, parameter in whole.named_parameters(remove_duplicate=False):
-        if name in numbers_by_name:
-            owners.setdefault(parameter, []).extend(numbers_by_name[name])
-        else:
-            shared.add(parameter)
-    return {parameter: numbers for parameter, numbers in owners.items() if parameter not in shared}
+    for number, block in enumerate(blocks):
+        for parameter in block.trained():
+            owners.setdefault(parameter, []).append(number)
+    for parameter in used_outside(whole, model, blocks):
+        owners.pop(parameter, None)
+    return owners
 
 
 class _Reduction:

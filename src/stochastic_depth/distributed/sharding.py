@@ -1,11 +1,12 @@
 """Sharded data parallelism (FSDP2) in which closed blocks communicate nothing; its checkpoints."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -15,8 +16,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import fully_shard
 
 from stochastic_depth.distributed.rank_gates import GateConsistency
+from stochastic_depth.distributed.reduction import used_outside
 from stochastic_depth.errors import CheckpointError, GateError
-from stochastic_depth.surgery.applied import applied_to, handle_of
+from stochastic_depth.surgery.applied import handle_of, owner_of
 
 
 def modules_to_shard(model: nn.Module) -> list[list[nn.Module]]:
@@ -24,16 +26,23 @@ def modules_to_shard(model: nn.Module) -> list[list[nn.Module]]:
 
     They hold all parameters of the branches, except those of the block itself and of modules that
     also run under a closed gate. A module that several blocks use is listed for one of them. Blocks
-    inside the branch of another block come first.
+    inside the branch of another block come first. The model may have been wrapped since `sd.apply`.
 
     Raises:
         ApplyError: when `sd.apply` was not called on `model`.
     """
     taken: set[nn.Module] = set()
     groups = []
-    for found in sorted(applied_to(model).found, key=lambda block: len(block.parameters)):
-        always = {found.module, *(module for unit in found.units for module, _ in unit.edits)}
-        group = [m for m in _outermost(model, "", set(found.parameters), always) if m not in taken]
+    blocks = handle_of(model).blocks
+    outside = used_outside(model, owner_of(model), blocks)
+    for block in sorted(blocks, key=lambda block: len(block.parameters)):
+        always = {block.module, *block.gate_readers}
+        owned = [each.owner._modules.get(each.name) for each in block.owned]
+        branch = {
+            m for each in owned if each is not None for m in _outermost(each, always, outside)
+        }
+        branch -= taken
+        group = [module for module in model.modules() if module in branch]
         taken |= {inner for module in group for inner in module.modules()}
         if group:
             groups.append(group)
@@ -45,7 +54,7 @@ def shard_branches(model: nn.Module, **options: Any) -> None:
 
     A closed block then needs no all-gather in the forward and backward pass, and no reduce-scatter.
     The rest of the model is left for `fully_shard(model, **options)`, which must be called
-    afterwards.
+    afterwards. There is a warning when no module runs only in a branch.
 
     `fully_shard` on whole blocks works too, but saves only the reduce-scatter, because a block is
     gathered when it is called, before its gate is read.
@@ -72,7 +81,15 @@ def shard_branches(model: nn.Module, **options: Any) -> None:
             "a sharded model needs the same gates on every rank, because all of them gather the "
             "parameters of an open block: leave out sd.distributed.gates_by_rank"
         )
-    for group in modules_to_shard(model):
+    groups = modules_to_shard(model)
+    if not groups:
+        warnings.warn(
+            f"no module of {type(model).__name__} runs only in the branch of a block, so nothing "
+            "is sharded, and fully_shard(model) will gather closed blocks too: make the layers of "
+            "each branch children of their block, or use DistributedDataParallel and skip_closed",
+            stacklevel=2,
+        )
+    for group in groups:
         fully_shard(group if len(group) > 1 else group[0], **options)
     consistency = GateConsistency([handle])
 
@@ -84,16 +101,21 @@ def shard_branches(model: nn.Module, **options: Any) -> None:
 
 
 def _outermost(
-    module: nn.Module, name: str, wanted: set[str], always: set[nn.Module]
+    module: nn.Module, always: set[nn.Module], outside: set[Tensor]
 ) -> Iterator[nn.Module]:
-    """The outermost modules that have only parameters in `wanted`, and contain none of `always`."""
-    prefix = f"{name}." if name else ""
-    parameters = {prefix + inner for inner, _ in module.named_parameters()}
-    if parameters and parameters <= wanted and always.isdisjoint(module.modules()):
+    """The outermost modules with parameters, but none of `outside`, that contain none of `always`.
+
+    They are `module` itself, or inside of it. A container without a forward method, such as a
+    `ModuleList`, is none of them: FSDP gathers parameters when a module is called.
+    """
+    parameters = set(module.parameters())
+    is_called = type(module).forward is not nn.Module.forward
+    belongs = parameters.isdisjoint(outside) and always.isdisjoint(module.modules())
+    if parameters and is_called and belongs:
         yield module
-    elif parameters & wanted:
-        for child_name, child in module.named_children():
-            yield from _outermost(child, prefix + child_name, wanted, always)
+    else:
+        for child in module.children():
+            yield from _outermost(child, always, outside)
 
 
 def save_sharded(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -96,8 +96,8 @@ def put_gates(model: nn.Module, found: Sequence[FoundBlock], select: bool) -> li
 
 def _block(owners: ParameterOwners, found: FoundBlock, gates: tuple[BlockGates, ...]) -> Block:
     edited = (module for unit in found.units for module, _ in unit.edits)
-    owned = owners.of(found.parameters)
     gate_readers = tuple(dict.fromkeys(edited)) or (found.module,)
+    owned = owners.of(found.parameters, around=gate_readers)
     inside = set(found.module.modules())
     observed = gate_readers[0] if inside.isdisjoint(gate_readers) else found.module
     return Block(found.name, gates, found.parameters, found.module, gate_readers, owned, observed)
