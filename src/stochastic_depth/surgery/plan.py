@@ -106,13 +106,8 @@ def plan(
 
     Every block is made skippable, and closed once: then it must not call any module of its branch.
     Values are not compared, so this works on the meta device too. `sd.apply` may still refuse a
-    block whose outputs are wrong, or that cannot run on some of the samples (gate="subset").
-
-    Args:
-        example, survival, drop_rate, include, exclude, granularity, stacks: as for `sd.apply`.
-
-    Returns:
-        The blocks, and the additions that are none; `print(plan)` shows them as a table.
+    block whose outputs are wrong, or that cannot run on some of the samples (gate="subset"). The
+    arguments are those of `sd.apply`; the result, printed, is a table.
 
     Raises:
         ApplyError: as `sd.apply`.
