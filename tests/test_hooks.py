@@ -604,6 +604,51 @@ def test_gates_of_samples_that_vmap_hides_are_refused_with_the_remedy(gate):
     assert handle.step == 1
 
 
+# Traces of torch.fx.
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("way", ["model", "draw", "inside", "forced"])
+@pytest.mark.parametrize("make", [Net, of_trunk])
+def test_a_trace_that_would_keep_the_gates_of_one_pass_is_refused(make, way, training):
+    model, handle = applied(make())
+    model.train(training)
+    around = {"draw": handle.draw, "forced": lambda: handle.forced(PATTERNS[2])}.get(way)
+    traced = nn.Sequential(model) if way == "inside" else model
+    with (
+        around() if around else nullcontext(),
+        pytest.raises(sd.errors.GateError, match=r"sd\.fold\(model, example\).*forward_hook"),
+    ):
+        torch.fx.symbolic_trace(traced)
+    out = model.eval()(batch())  # and nothing of the trace is left
+    torch.testing.assert_close(out, by_hand(model, batch(), torch.full((BLOCKS,), 0.5)))
+
+
+@pytest.mark.parametrize("remedy", ["fold", "remove", "hook"])
+def test_the_remedies_of_that_error_work(remedy):
+    model, handle = applied(scale="inference" if remedy == "hook" else "training")
+    if remedy == "hook":
+        features = []
+        model.blocks[2].register_forward_hook(lambda *args: features.append(args[-1]))
+        for step in range(6):
+            model(batch(step))
+            h = model.stem(batch(step))
+            for block, gate in zip(model.blocks[:3], handle.gates, strict=False):
+                h = h + gate * torch.tanh(block.f(h))
+            torch.testing.assert_close(features[-1], h)
+        return
+    right = by_hand(model, batch(), torch.ones(BLOCKS))
+    model.eval()
+    sd.fold(model, batch()) if remedy == "fold" else sd.remove(model)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(batch()), right)
+
+
+def test_torch_export_traces_the_network_of_evaluation():
+    model, _ = applied()
+    exported = torch.export.export(model.eval(), (batch(),), strict=False).module()
+    torch.testing.assert_close(exported(batch()), model(batch()))
+
+
 # Models that are changed after sd.apply.
 
 

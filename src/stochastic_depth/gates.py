@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from stochastic_depth.choices import Closed, GateKind, Scale
 from stochastic_depth.errors import GateError
 from stochastic_depth.tensors import map_structure
-from stochastic_depth.torch_private import backward_pass
+from stochastic_depth.torch_private import backward_pass, is_fx_tracing
 
 
 class Gate(NamedTuple):
@@ -143,10 +143,19 @@ class BlockGates:
         """What the block does in the current forward pass.
 
         Raises:
-            GateError: in training, outside of a forward pass that has drawn gates; and in a
-                recomputation, where it is not known which gates its forward pass had.
+            GateError: in training, outside of a forward pass that has drawn gates; in a
+                recomputation, where it is not known which gates its forward pass had; and while
+                torch.fx traces the model.
         """
         if not is_compiling():
+            if is_fx_tracing():
+                raise GateError(
+                    "torch.fx traces the model (as symbolic_trace and create_feature_extractor "
+                    "do), and the graph would have the gates of this one pass for ever: call "
+                    "sd.fold(model, example), which leaves the network of evaluation, or "
+                    "sd.remove(model) before the trace; for features in training, use "
+                    "module.register_forward_hook"
+                )
             if self.recall is not None and backward_pass() is not None:
                 recalled = self.recall(training)
                 if recalled is not None:

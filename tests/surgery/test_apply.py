@@ -395,7 +395,7 @@ def test_classes_that_others_put_on_top_of_a_block_stay(verb: str) -> None:
             lambda model: nn.Sequential(torch.jit.script(model[0].f), model[1]),
             "script the model after sd.fo",
         ),
-        (torch.fx.symbolic_trace, "the model before it is traced"),
+        (torch.fx.symbolic_trace, "trace the model after sd.fold; for features"),
     ],
 )
 @pytest.mark.parametrize("verb", [sd.apply, sd.plan])
