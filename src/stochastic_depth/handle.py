@@ -210,7 +210,9 @@ class Handle:
             A context. The gates are in force until it is left, and again in the backward pass of
             everything that was computed inside. If it is not entered, the gates are only stored in
             `handle.gates`. Inside the forward pass of a `DistributedDataParallel`, give that
-            `find_unused_parameters=True`, because the output of the parts is not known here.
+            `find_unused_parameters=True`, because the output of the parts is not known here. For
+            the same reason, an optimizer that steps in the backward pass leaves closed blocks alone
+            whose input needs no gradient, or that reentrant checkpointing runs.
         """
         if self.passes is None:
             raise GateError("this handle has no model: use the one that sd.apply has returned")

@@ -44,6 +44,7 @@ __all__ = [
     "function_around",
     "generators",
     "gradients_are_kept",
+    "has_gradient_hooks",
     "in_ddp_forward",
     "is_compiled",
     "is_compiler_error",
@@ -201,6 +202,14 @@ def gradients_are_kept() -> bool:
         level = [node for node in dict.fromkeys(below) if node not in seen]
         seen.update(level)
     return True
+
+
+def has_gradient_hooks(parameter: Tensor) -> bool:
+    """Whether it has hooks that run when autograd has accumulated its gradient.
+
+    An optimizer that steps in the backward pass uses them. Replacement: a public way to ask.
+    """
+    return bool(parameter._post_accumulate_grad_hooks)
 
 
 def never_traced(function: Callable[..., Any]) -> Callable[..., Any]:
