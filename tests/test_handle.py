@@ -420,6 +420,65 @@ def test_paper_lets_momentum_and_weight_decay_move_closed_blocks_by_the_closed_f
     assert moved > 50
 
 
+def trained_in_backward(model: nn.Module) -> dict[nn.Parameter, int]:
+    """Let an optimizer of each parameter step when its gradient is there; counts the steps."""
+    steps = dict.fromkeys(model.parameters(), 0)
+
+    def step(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+        steps[parameter] += parameter.grad is not None
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for p in steps:
+        optimizer = torch.optim.SGD([p], 0.05, momentum=0.9, weight_decay=0.1)
+        p.register_post_accumulate_grad_hook(partial(step, optimizer=optimizer))
+    return steps
+
+
+class Tied(nn.Module):
+    """Blocks on an input without a gradient; the first and the last have the same weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.Sequential(*(sd.Residual(nn.Linear(3, 3)) for _ in range(BLOCKS)))
+        self.blocks[-1].branch.weight = self.blocks[0].branch.weight
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+@pytest.mark.parametrize("skipped", ["paper", "freeze"])
+@pytest.mark.parametrize(
+    ("make", "passes"),
+    [
+        *((make, n) for make in (Net, Tied) for n in (1, 3)),
+        *((partial(Net, part, False), n) for part in ("blocks", "segment") for n in (1, 3)),
+        (partial(Net, "blocks", True), 1),  # of several passes, each steps: they accumulate apart
+    ],
+)
+def test_an_optimizer_that_steps_in_the_backward_pass_moves_what_a_loop_moves(
+    make, passes, skipped
+) -> None:
+    loop, hooked = make(), make()
+    for model in (loop, hooked):
+        sd.apply(model, sd.Uniform(0.3), skipped=skipped)
+    optimizer = torch.optim.SGD(loop.parameters(), 0.05, momentum=0.9, weight_decay=0.1)
+    steps = trained_in_backward(hooked)
+    for step in range(8):
+        for model in (loop, hooked):
+            losses = [model(batch(passes * step + n)).square().mean() for n in range(passes)]
+            sum(losses).backward()
+        moved = [p.grad is not None for p in loop.parameters()]
+        optimizer.step()
+        optimizer.zero_grad()
+        assert list(steps.values()) == moved, step
+        steps.update(dict.fromkeys(steps, 0))
+        for one, other in zip(loop.parameters(), hooked.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
 def test_freeze_leaves_closed_blocks_without_gradient_and_unmoved() -> None:
     model = Net()
     handle = sd.apply(model, HALF, skipped="freeze")

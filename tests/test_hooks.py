@@ -1,6 +1,7 @@
 """Gates belong to their forward pass: around it, in its backward pass, and on other ways in."""
 
 import copy
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -246,6 +247,113 @@ def test_forced_gates_are_those_of_the_backward_pass_and_end():
         model.features(batch())
 
 
+def shares(model: Net, x: Tensor, factors: Tensor) -> list[Tensor | None]:
+    """The gradients of the net in which the branches are multiplied by `factors`."""
+    plain = copy.deepcopy(model)
+    plain.zero_grad()
+    by_hand(plain, x, factors).square().sum().backward()
+    return gradients(plain)
+
+
+def assert_summed(model: Net, parts: list[list[Tensor | None]]) -> None:
+    """The gradients of `model` are the sum of `parts`, in which None is zero."""
+    for mine, *right in zip(gradients(model), *parts, strict=True):
+        expected = sum(part for part in right if part is not None)
+        torch.testing.assert_close(torch.zeros_like(expected) if mine is None else mine, expected)
+
+
+SUBNETWORKS = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0]], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("recompute", [None, True, False])
+def test_in_evaluation_each_pass_is_recomputed_as_the_subnetwork_that_it_was(
+    recompute, scaled, compiled
+):
+    model, handle = applied(Wrapped(lambda y: y, recompute))
+    if compiled:
+        for block in model.blocks:
+            block.compile(backend="eager")
+    model.eval()
+    losses, parts = [], []
+    for step, gates in enumerate(SUBNETWORKS):
+        with (handle.forced if step else handle.subnetwork)(gates, scaled=scaled):
+            losses.append(model(batch(step)).square().sum())
+        parts.append(shares(model, batch(step), gates * (0.5 if scaled else 1.0)))
+    losses.append(model(batch(9)).square().sum())
+    parts.append(shares(model, batch(9), torch.full((BLOCKS,), 0.5)))
+    sum(losses).backward()
+    assert_summed(model, parts)
+    with torch.no_grad():  # the usual gates are in force again
+        usual = by_hand(model, batch(), torch.full((BLOCKS,), 0.5, dtype=torch.float64))
+        torch.testing.assert_close(model(batch()), usual)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("recompute", [None, True, False])
+def test_frozen_blocks_are_recomputed_under_the_probabilities_of_their_pass(recompute, compiled):
+    model, handle = applied(Wrapped(lambda y: y, recompute), schedule=sd.Warmup(4))
+    if compiled:
+        for block in model.blocks:
+            block.compile(backend="eager")
+    model.train().blocks[:3].eval()
+    losses, parts, seen = [], [], set()
+    for step in range(3):
+        losses.append(model(batch(step)).square().sum())
+        factors = [*handle.survival[:3], *handle.gates[3:].double().tolist()]
+        parts.append(shares(model, batch(step), torch.tensor(factors, dtype=torch.float64)))
+        seen.add(handle.survival)
+    assert len(seen) == 3
+    sum(losses).backward()
+    assert_summed(model, parts)
+
+
+@pytest.mark.parametrize("way", ["a method", "the whole model"])
+def test_a_recomputation_in_evaluation_of_an_unknown_pass_is_refused_if_its_gates_changed(way):
+    model, handle = applied(Wrapped(lambda y: y, recompute=True))
+    model.eval()
+
+    def loss() -> Tensor:
+        x = batch().requires_grad_()
+        if way == "the whole model":
+            return checkpoint(model, x, use_reentrant=True).square().sum()
+        h = model.stem(x)
+        for block in model.blocks:
+            h = checkpoint(block, h, use_reentrant=True)
+        return model.head(h).square().sum()
+
+    with handle.subnetwork(SUBNETWORKS[0]):
+        late = loss()
+    with pytest.raises(sd.errors.GateError, match=r"block 'blocks\.\d'.*within the context; or"):
+        late.backward()
+    for gates in SUBNETWORKS[:2]:  # the remedy
+        model.zero_grad()
+        with handle.subnetwork(gates):
+            loss().backward()
+        assert_summed(model, [shares(model, batch(), gates.double())])
+    model.zero_grad()
+    loss().backward()
+    assert_summed(model, [shares(model, batch(), torch.full((BLOCKS,), 0.5))])
+
+
+def test_in_evaluation_nothing_of_a_pass_is_kept_but_its_gates():
+    model, handle = applied()
+    model.eval()
+    for around in (torch.no_grad, torch.inference_mode):
+        with around():
+            model(batch())
+    assert not handle.passes._recent
+    out = model(batch())
+    kept, passes = weakref.ref(out), handle.passes
+    assert len(passes._recent) == 1
+    del out
+    assert kept() is None
+    for step in range(200):
+        model(batch(step))
+    assert len(passes._passes) == len(passes._recent) < 100
+
+
 WRONG_GATES = [True], [[[True] * 2] * BLOCKS], torch.ones(BLOCKS), "abc", None
 
 
@@ -447,8 +555,10 @@ PATTERNS = [[True] * BLOCKS, [False] * BLOCKS, [True, False, False, True, False]
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, for jvp
 @pytest.mark.parametrize("gates", PATTERNS, ids=str)
 @pytest.mark.parametrize("make", [Net, of_trunk])
-def test_function_transforms_give_what_the_net_written_out_gives(make, gates):
+@pytest.mark.parametrize("training", [True, False])
+def test_function_transforms_give_what_the_net_written_out_gives(training, make, gates):
     model, handle = applied(make())
+    model.train(training)
     x, open_ones = batch(), torch.tensor(gates)
     values = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
@@ -492,6 +602,51 @@ def test_gates_of_samples_that_vmap_hides_are_refused_with_the_remedy(gate):
     model, handle = applied()
     vmap(model)(batch())
     assert handle.step == 1
+
+
+# Traces of torch.fx.
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("way", ["model", "draw", "inside", "forced"])
+@pytest.mark.parametrize("make", [Net, of_trunk])
+def test_a_trace_that_would_keep_the_gates_of_one_pass_is_refused(make, way, training):
+    model, handle = applied(make())
+    model.train(training)
+    around = {"draw": handle.draw, "forced": lambda: handle.forced(PATTERNS[2])}.get(way)
+    traced = nn.Sequential(model) if way == "inside" else model
+    with (
+        around() if around else nullcontext(),
+        pytest.raises(sd.errors.GateError, match=r"sd\.fold\(model, example\).*forward_hook"),
+    ):
+        torch.fx.symbolic_trace(traced)
+    out = model.eval()(batch())  # and nothing of the trace is left
+    torch.testing.assert_close(out, by_hand(model, batch(), torch.full((BLOCKS,), 0.5)))
+
+
+@pytest.mark.parametrize("remedy", ["fold", "remove", "hook"])
+def test_the_remedies_of_that_error_work(remedy):
+    model, handle = applied(scale="inference" if remedy == "hook" else "training")
+    if remedy == "hook":
+        features = []
+        model.blocks[2].register_forward_hook(lambda *args: features.append(args[-1]))
+        for step in range(6):
+            model(batch(step))
+            h = model.stem(batch(step))
+            for block, gate in zip(model.blocks[:3], handle.gates, strict=False):
+                h = h + gate * torch.tanh(block.f(h))
+            torch.testing.assert_close(features[-1], h)
+        return
+    right = by_hand(model, batch(), torch.ones(BLOCKS))
+    model.eval()
+    sd.fold(model, batch()) if remedy == "fold" else sd.remove(model)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(batch()), right)
+
+
+def test_torch_export_traces_the_network_of_evaluation():
+    model, _ = applied()
+    exported = torch.export.export(model.eval(), (batch(),), strict=False).module()
+    torch.testing.assert_close(exported(batch()), model(batch()))
 
 
 # Models that are changed after sd.apply.

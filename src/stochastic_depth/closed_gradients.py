@@ -9,6 +9,9 @@ Under skipped="paper" they are zeros, under "freeze" None. When they are given d
   to its parameters, so that autograd reaches them when it would reach an open branch
   (`connect_to_graph`). Under "freeze" they are None again at the end of the backward pass, unless
   autograd has reached them on another way (`_Reached`).
+- Where a parameter has hooks that run when its gradient is accumulated, as those of an optimizer
+  that steps in the backward pass, the output is connected in the same way, and autograd accumulates
+  the zeros, so that the hooks run as they do for any other parameter.
 - Where no open branch and nothing else is trained, the output of the model is connected to them, so
   that the step has a graph (`with_closed_parameters`).
 
@@ -31,6 +34,7 @@ from stochastic_depth.torch_private import (
     at_end_of_backward,
     call_of,
     function_around,
+    gradient_hooks,
     gradients_are_kept,
     is_compiled,
     is_transformed,
@@ -75,6 +79,8 @@ class ClosedGradients:
         self._unreached: list[nn.Parameter] = []
         """Parameters outside of the closed blocks that autograd does not reach either."""
         self._sparse: set[nn.Parameter] = set()
+        self._hooked: set[nn.Parameter] = set()
+        """Those of closed blocks whose zeros autograd accumulates."""
         self._last_node: tuple[Any, int] | None = None
         """The autograd node of the last closed block's output, and the number of the node's
         result."""
@@ -87,6 +93,9 @@ class ClosedGradients:
                 if parameters:
                     self._pending.setdefault(block.observed_module, []).extend(parameters)
                     self._sparse.update(block.sparse_weights())
+            if not self._freezes and not is_transformed():
+                hooked = (p for ps in self._pending.values() for p in ps if gradient_hooks(p))
+                self._hooked.update(hooked)
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 self._observe()
 
@@ -119,8 +128,8 @@ class ClosedGradients:
         if not is_whole:
             may = bool(tensors) or torch.is_grad_enabled() or module in self._in_functions
             self._with_gradient[module] = may or self._with_gradient.get(module, False)
-        if is_whole and self._in_ddp:
-            output = connect_to_graph(output, parameters)
+        if is_whole and self._connects:
+            output = self._connect(output, parameters)
             tensors = in_graph(output)
             is_whole = bool(tensors)  # not where a checkpoint runs the block without a graph
         for tensor in tensors:
@@ -157,13 +166,29 @@ class ClosedGradients:
         """
         if is_transformed():  # then gradients are returned, and not kept by parameters
             return output
-        if self._in_ddp:
+        if self._connects:
             parameters = self._still_pending()
         elif any(tensor.grad_fn is not None for tensor in tensors_in(output)):
             return output
         else:
             parameters = [p for block in self._blocks for p in block.trained()]
-        return connect_to_graph(output, parameters)
+        return self._connect(output, parameters)
+
+    @property
+    def _connects(self) -> bool:
+        """Whether autograd has to reach the parameters of closed blocks."""
+        return self._in_ddp or bool(self._hooked)
+
+    def _connect(self, output: Any, parameters: Sequence[nn.Parameter]) -> Any:
+        return connect_to_graph(output, parameters, self._accumulated)
+
+    def _accumulated(self, parameter: nn.Parameter) -> Tensor | None:
+        """The gradient that autograd accumulates for a parameter of a closed block."""
+        return self._zeros(parameter) if parameter in self._hooked else None
+
+    def _zeros(self, parameter: nn.Parameter) -> Tensor:
+        layout = torch.sparse_coo if parameter in self._sparse else None
+        return torch.zeros_like(parameter, layout=layout)
 
     def give_pending(self) -> None:
         """Give gradients to the parameters of blocks whose output was not found in the graph."""
@@ -195,8 +220,7 @@ class ClosedGradients:
         if without and not gradients_are_kept():
             return
         for parameter in without:
-            layout = torch.sparse_coo if parameter in self._sparse else None
-            parameter.grad = torch.zeros_like(parameter, layout=layout)
+            parameter.grad = self._zeros(parameter)
         if self._freezes and without:
             reached = [_Reached(parameter) for parameter in without]
             at_end_of_backward(partial(_clear, reached), after_others=True)
@@ -233,20 +257,27 @@ class _ObservedCall:
             now.before, now.call = self.before, self.call
 
 
-def connect_to_graph(output: Any, parameters: Sequence[nn.Parameter]) -> Any:
-    """`output`, with a graph in which autograd reaches each of `parameters`, without a gradient.
+def connect_to_graph(
+    output: Any,
+    parameters: Sequence[nn.Parameter],
+    gradient: Callable[[nn.Parameter], Tensor | None],
+) -> Any:
+    """`output`, with a graph in which autograd reaches each of `parameters`.
 
     `DistributedDataParallel`, and therefore `replicate`, ends a backward pass when autograd has
     reached every parameter. It never reaches those of a branch that did not run. Here the output of
     their block is connected to them, so that autograd reaches them when it would reach an open
     branch. That matters because DDP sends gradients in the order of its first backward pass.
     Returns `output` itself if no tensor in it can have a gradient.
+
+    Args:
+        gradient: the gradient that autograd finds for a parameter; None if it finds none.
     """
     tensors = _differentiable(output)
     tensors = in_graph(tensors) or tensors
     if not tensors or not parameters:
         return output
-    connected = _ConnectToGraph.apply(len(tensors), *tensors, *reversed(parameters))
+    connected = _ConnectToGraph.apply(gradient, len(tensors), *tensors, *reversed(parameters))
     new = {id(old): tensor for old, tensor in zip(tensors, connected, strict=True)}
     return replace_tensors(output, lambda tensor: new.get(id(tensor), tensor))
 
@@ -266,18 +297,24 @@ def _is_in_function() -> bool:
 
 
 class _ConnectToGraph(torch.autograd.Function):
-    """The identity of the first `count` tensors."""
+    """The identity of the first `count` tensors; the others are parameters."""
 
     @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, gradient: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.others = len(tensors) - count
+        ctx.gradient, ctx.parameters = gradient, tensors[count:]
         # Not views: a view that a custom function returns must not be changed in place.
         return tuple(tensor.detach() for tensor in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *gradients, *(None,) * ctx.others
+        missing = all(gradient is None for gradient in gradients)
+        return (
+            None,
+            None,
+            *gradients,
+            *(None if missing else ctx.gradient(p) for p in ctx.parameters),
+        )
 
 
 class _Reached:

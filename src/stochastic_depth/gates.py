@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from stochastic_depth.choices import Closed, GateKind, Scale
 from stochastic_depth.errors import GateError
 from stochastic_depth.tensors import map_structure
+from stochastic_depth.torch_private import backward_pass, is_fx_tracing
 
 
 class Gate(NamedTuple):
@@ -133,22 +135,33 @@ class BlockGates:
     evaluation: Gate = OPEN
     unforced: Gate | None = None
     """The gate in evaluation without forced gates; None while none are forced."""
-    recall: Callable[[], Gate | None] | None = field(default=None, repr=False, compare=False)
-    """Returns the gate of the original forward pass while a backward pass recomputes the block;
-    otherwise it returns None."""
+    recall: Callable[[bool], Gate | None] | None = field(default=None, repr=False, compare=False)
+    """Returns the gate that the original forward pass had in this mode (`training`) while a
+    backward pass recomputes the block; otherwise it returns None."""
 
     def now(self, training: bool) -> Gate:
         """What the block does in the current forward pass.
 
         Raises:
-            GateError: in training, outside of a forward pass that has drawn gates.
+            GateError: in training, outside of a forward pass that has drawn gates; in a
+                recomputation, where it is not known which gates its forward pass had; and while
+                torch.fx traces the model.
         """
+        if not is_compiling():
+            if is_fx_tracing():
+                raise GateError(
+                    "torch.fx traces the model (as symbolic_trace and create_feature_extractor "
+                    "do), and the graph would have the gates of this one pass for ever: call "
+                    "sd.fold(model, example), which leaves the network of evaluation, or "
+                    "sd.remove(model) before the trace; for features in training, use "
+                    "module.register_forward_hook"
+                )
+            if self.recall is not None and backward_pass() is not None:
+                recalled = self.recall(training)
+                if recalled is not None:
+                    return recalled
         if not training:
             return self.evaluation
-        if not torch.compiler.is_compiling() and self.recall is not None:
-            recalled = self.recall()
-            if recalled is not None:
-                return recalled
         if self.training is None:
             raise GateError(
                 "a residual block was called in training mode outside of a forward pass of the "

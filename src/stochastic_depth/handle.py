@@ -17,6 +17,7 @@ from stochastic_depth.errors import GateError, StateError
 from stochastic_depth.gate_settings import GateSettings
 from stochastic_depth.gates import Gate, evaluation_gates, training_gates
 from stochastic_depth.survival import Probabilities
+from stochastic_depth.torch_private import next_node_number
 
 
 class RankSamples(NamedTuple):
@@ -50,6 +51,10 @@ class Passes(Protocol):
 
     def running_gates(self) -> list[Gate] | None:
         """The gates of the running forward pass, or None if none runs."""
+        ...
+
+    def let_blocks_recall(self) -> None:
+        """Let the blocks ask, when they are recomputed, which gates their forward pass had."""
         ...
 
 
@@ -108,6 +113,9 @@ class Handle:
         self._in_evaluation: Forced | None = None
         self._step = 0
         self._set_survival(0)
+        self.evaluation_since = 0
+        """The number of the autograd node from which on the gates of evaluation are the present
+        ones; 0 if they never changed."""
 
     @property
     def gate(self) -> GateKind:
@@ -205,7 +213,9 @@ class Handle:
             A context. The gates are in force until it is left, and again in the backward pass of
             everything that was computed inside. If it is not entered, the gates are only stored in
             `handle.gates`. Inside the forward pass of a `DistributedDataParallel`, give that
-            `find_unused_parameters=True`, because the output of the parts is not known here.
+            `find_unused_parameters=True`, because the output of the parts is not known here. For
+            the same reason, an optimizer that steps in the backward pass leaves closed blocks alone
+            whose input needs no gradient, or that reentrant checkpointing runs.
         """
         if self.passes is None:
             raise GateError("this handle has no model: use the one that sd.apply has returned")
@@ -406,13 +416,13 @@ class Handle:
         """While entered, these gates are in force; None for the usual ones."""
         before = self._in_training, self._in_evaluation
         self._in_training, self._in_evaluation = training, evaluation
-        self._set_evaluation()
+        self._change_evaluation()
         self.restore_gates()
         try:
             yield
         finally:
             self._in_training, self._in_evaluation = before
-            self._set_evaluation()
+            self._change_evaluation()
             self.restore_gates()
 
     def state_dict(self) -> dict[str, Any]:
@@ -456,7 +466,7 @@ class Handle:
         if survival == self._survival:
             return
         self._survival = survival
-        self._set_evaluation()
+        self._change_evaluation()
 
     def _as_forced(
         self, gates: Sequence[bool] | Tensor, scaled: bool, dimensions: tuple[int, ...]
@@ -505,8 +515,16 @@ class Handle:
         gates = self._gates_while_forced() if forced else running
         set_training_gates(self.blocks, gates or [None] * len(self.blocks))
 
+    def _change_evaluation(self) -> None:
+        """Give all blocks other gates of evaluation, and note when."""
+        self.evaluation_since = next_node_number()
+        if self.passes is not None:
+            self.passes.let_blocks_recall()
+        self.restore_evaluation_gates()
+
     @torch.inference_mode(False)
-    def _set_evaluation(self) -> None:
+    def restore_evaluation_gates(self) -> None:
+        """Give all blocks the gates of evaluation that are in force: forced ones, or p_l's."""
         forced = self._in_evaluation
         set_evaluation_gates(
             self.blocks,
@@ -518,8 +536,8 @@ class Handle:
 
     def __getstate__(self) -> dict[str, Any]:
         """The state of a copy: no gates are forced, and no optimizer is followed."""
-        forced = {"_in_training": None, "_in_evaluation": None}
-        return {**self.__dict__, **forced, "observers": [], "optimizer_steps": None}
+        usual = {"_in_training": None, "_in_evaluation": None, "optimizer_steps": None}
+        return {**self.__dict__, **usual, "observers": [], "evaluation_since": 0}
 
     def _identity(self) -> dict[str, Any]:
         return self.probabilities.to_json() | asdict(self.settings)

@@ -1,7 +1,8 @@
 """Hooks around the forward and the backward pass of a model with stochastic depth.
 
 A gate belongs to the forward pass that it was drawn for. When that pass is over, no gate is in
-force. When its backward pass recomputes a block, the block gets the gate of that forward pass.
+force. When its backward pass recomputes a block, the block gets the gate of that forward pass. This
+holds in evaluation too, because schedules and forced gates change what a block does there.
 """
 
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.block import Routes, set_training_gates
+from stochastic_depth.block import Routes, set_evaluation_gates, set_training_gates
 from stochastic_depth.closed_gradients import ClosedGradients
 from stochastic_depth.errors import GateError
 from stochastic_depth.gates import Gate
@@ -70,7 +71,11 @@ class ForwardHooks:
         call = self._enter(frame_of_module_call())
         self._gate_readers.warn_of_replaced(model)
         if not (model.training or any(block.is_training for block in self.blocks)):
-            self._notify_observers(None)
+            differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            if differentiable and backward_pass() is None:
+                self._begin(call, None, replicated=False)
+            else:
+                self._notify_observers(None)
             return
         if is_data_parallel_copy(model):
             raise GateError(
@@ -80,7 +85,7 @@ class ForwardHooks:
             )
         if backward_pass() is not None:
             again = self._pass_of_backward()
-            if again is None:
+            if again is None or again.gates is None:
                 raise GateError(
                     "the model is called in training mode within a backward pass, and it is "
                     "not known which of its forward passes is recomputed there: use "
@@ -103,7 +108,7 @@ class ForwardHooks:
         call = next((each for each in self._stack if each.frame is frame), None)
         if call is None:  # a hook before ours has failed
             return output
-        trained = call.drawn is not None and torch.is_grad_enabled()
+        trained = call.gates is not None and torch.is_grad_enabled()
         output = self._end(call, output)
         if trained or self.handle.is_subnetwork:
             refuse_cache(output)
@@ -134,12 +139,12 @@ class ForwardHooks:
         """Remove passes that have been interrupted, and what they have set up, innermost first."""
         for each in reversed(interrupted):
             self._stack.remove(each)
-            if each.drawn is not None:
-                each.drawn.interrupt()
+            if each.begun is not None:
+                each.begun.interrupt()
 
     def _refuse_threads(self) -> None:
         """Raise `GateError` if a different thread is in a forward pass."""
-        if any(each.drawn is not None and each.thread != get_ident() for each in self._stack):
+        if any(each.gates is not None and each.thread != get_ident() for each in self._stack):
             raise GateError(
                 "the model is called in training mode from two threads at once, but it has gates "
                 "for one pass at a time: call it from one thread, or give each thread a copy "
@@ -148,21 +153,20 @@ class ForwardHooks:
 
     def running_gates(self) -> list[Gate] | None:
         """The gates of the innermost running forward pass that has drawn gates, or None."""
-        call = self._current_pass()
-        return None if call is None else call.gates
+        return next((each.gates for each in reversed(self._stack) if each.gates), None)
 
-    def _begin(self, call: "_ModelCall", gates: list[Gate], replicated: bool) -> None:
-        if self.blocks[0].gates[0].recall is None:  # also in a copy, whose blocks have lost it
-            for number, block in enumerate(self.blocks):
-                for addition in block.gates:
-                    addition.recall = partial(self._recall, number)
+    def _begin(self, call: "_ModelCall", gates: list[Gate] | None, replicated: bool) -> None:
+        """Begin a forward pass under these gates; None in evaluation."""
+        self.let_blocks_recall()
         self._in_backward.clear()  # a backward pass that failed may have left an entry
-        begun = ForwardPass(self, gates, replicated or in_ddp_forward(), self._current_pass())
-        call.drawn = begun
+        mine = (each.begun for each in reversed(self._stack) if each.thread == call.thread)
+        outer = next(filter(None, mine), None)
+        in_ddp = gates is not None and (replicated or in_ddp_forward())
+        call.begun = begun = ForwardPass(self, gates, in_ddp, outer)
         self._recent.append(begun)
-        self._passes = [ref for ref in self._passes if ref() is not None]
-        self._passes.append(weakref.ref(begun))
-        set_training_gates(self.blocks, gates)
+        self._passes.append(weakref.ref(begun, self._passes.remove))
+        if gates is not None:
+            set_training_gates(self.blocks, gates)
         self._notify_observers(gates)
 
     def _notify_observers(self, gates: list[Gate] | None) -> None:
@@ -175,7 +179,7 @@ class ForwardHooks:
         inside = self._stack[self._stack.index(call) + 1 :]
         self._forget([each for each in inside if each.thread == call.thread])
         self._stack.remove(call)
-        ended = call.drawn
+        ended = call.begun
         self.handle.restore_gates()
         if ended is not None:
             return ended.end(output)
@@ -183,19 +187,31 @@ class ForwardHooks:
             return call.recomputed.with_closed_parameters(output)
         return output
 
-    def _current_pass(self) -> "ForwardPass | None":
-        """The innermost running forward pass that has drawn gates, or None."""
-        return next((each.drawn for each in reversed(self._stack) if each.drawn), None)
+    def let_blocks_recall(self) -> None:
+        """Let the blocks ask, when they are recomputed, which gates their forward pass had."""
+        if self.blocks[0].gates[0].recall is not None:
+            return
+        for number, block in enumerate(self.blocks):  # also in a copy, whose blocks have lost it
+            for addition in block.gates:
+                addition.recall = partial(self._recall, number)
 
-    def _recall(self, number: int) -> Gate | None:
-        """The gate of block `number` if a backward pass is recomputing it; otherwise None."""
-        if backward_pass() is None:
-            return None
+    def _recall(self, number: int, training: bool) -> Gate | None:
+        """In a backward pass: the gate of block `number` in the forward pass that is recomputed
+        there, or None if that is not known."""
         again = self._pass_of_backward()
         if again is None:
+            if not training and 0 <= node_number() < self.handle.evaluation_since:
+                raise GateError(
+                    f"block {self.blocks[number].name!r} is recomputed in evaluation mode, but "
+                    "what it does there has changed since its forward pass (by handle.forced, "
+                    "handle.subnetwork or a schedule), and it is not known which forward pass that "
+                    "was: call loss.backward() before that changes, within the context; or call "
+                    "the whole model, with checkpoint(..., use_reentrant=False)"
+                )
             return None
         again.backward_begins()
-        return again.gates[number]
+        gates = again.gates if training else again.evaluation
+        return None if gates is None else gates[number]
 
     def _pass_of_backward(self) -> "ForwardPass | None":
         """The forward pass to which the backward pass in this thread belongs."""
@@ -213,7 +229,7 @@ class ForwardHooks:
         Each thread numbers its own nodes. The result is None if the number fits several passes:
         those of two threads, or those inside one reentrant checkpoint.
         """
-        passes = [each for ref in self._passes if (each := ref()) is not None]
+        passes = [each for ref in list(self._passes) if (each := ref()) is not None]
         creators = [each for each in passes if each.first_node <= node < each.end_node]
         if creators:
             return _only([p for p in creators if not any(p is other.outer for other in creators)])
@@ -243,10 +259,15 @@ class _ModelCall:
     frame: FrameType | None
     """The frame of the call of the model; None for a context, which always ends."""
     thread: int
-    drawn: "ForwardPass | None" = None
-    """The pass, if gates were drawn for it: not in evaluation, nor in a recomputation."""
+    begun: "ForwardPass | None" = None
+    """The pass that began here; None in a recomputation, and in evaluation without gradients."""
     recomputed: "ForwardPass | None" = None
     """The pass that is recomputed here, in a backward pass."""
+
+    @property
+    def gates(self) -> list[Gate] | None:
+        """The gates that were drawn for it; None in evaluation and in a recomputation."""
+        return None if self.begun is None else self.begun.gates
 
     def is_running(self) -> bool:
         """Whether it was not interrupted."""
@@ -259,19 +280,25 @@ class _ModelCall:
 
 
 class ForwardPass:
-    """One forward pass in training: its gates, and what happens when its backward pass begins."""
+    """One forward pass: its gates, and what happens when its backward pass begins."""
 
     def __init__(
-        self, hooks: ForwardHooks, gates: list[Gate], in_ddp: bool, outer: "ForwardPass | None"
+        self,
+        hooks: ForwardHooks,
+        gates: list[Gate] | None,
+        in_ddp: bool,
+        outer: "ForwardPass | None",
     ) -> None:
         self._hooks, self.gates = hooks, gates
+        self.evaluation = [block.evaluation_gate for block in hooks.blocks]
+        """What the blocks do that are in evaluation mode; in evaluation `gates` is None."""
         self.outer = outer
         """The running forward pass within which this one began."""
         self.first_node = self.end_node = next_node_number()
         """The pass makes the autograd nodes numbered from `first_node` to below `end_node`."""
         # A block that is closed here may have a gradient from another process.
         skipped = "paper" if in_ddp and hooks.handle.differs_by_rank else hooks.handle.skipped
-        learns = [gate.learns for gate in gates]
+        learns = [True] * len(hooks.blocks) if gates is None else [gate.learns for gate in gates]
         self._closed_gradients = ClosedGradients(
             hooks.blocks, learns, skipped, in_ddp, hooks.routes
         )
@@ -305,8 +332,12 @@ class ForwardPass:
             return
         self._closed_gradients.give_pending()
         if any(is_compiled(block.module) for block in self._hooks.blocks):
-            set_training_gates(self._hooks.blocks, self.gates)  # compiled code reads them
-            at_end_of_backward(self._hooks.handle.restore_gates)
+            # Compiled code reads the gates that are in force.
+            blocks, handle = self._hooks.blocks, self._hooks.handle
+            set_training_gates(blocks, self.gates or [None] * len(blocks))
+            set_evaluation_gates(blocks, self.evaluation)
+            at_end_of_backward(handle.restore_gates)
+            at_end_of_backward(handle.restore_evaluation_gates)
 
 
 def _only(passes: Sequence[ForwardPass]) -> ForwardPass | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # the meta device, if it kept devices
 from torch.autograd import Variable
 from torch.distributed._composable.replicate import DDP as Replicated  # noqa: N811  # torch.distributed
+from torch.fx import _symbolic_trace
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import (  # torch.utils, as its documentation already has it
     TorchDispatchMode,
@@ -42,11 +43,13 @@ __all__ = [
     "frame_of_module_call",
     "function_around",
     "generators",
+    "gradient_hooks",
     "gradients_are_kept",
     "in_ddp_forward",
     "is_compiled",
     "is_compiler_error",
     "is_data_parallel_copy",
+    "is_fx_tracing",
     "is_mapped",
     "is_sharded",
     "is_transformed",
@@ -201,6 +204,15 @@ def gradients_are_kept() -> bool:
     return True
 
 
+def gradient_hooks(parameter: Tensor) -> dict[int, Any]:
+    """The hooks that run when autograd has accumulated a gradient, by key; it may be changed.
+
+    An optimizer that steps in the backward pass uses them. Replacement: a public way to ask.
+    """
+    hooks = parameter._post_accumulate_grad_hooks
+    return {} if hooks is None else hooks
+
+
 def never_traced(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, excluded from torch.compile: a graph ends at its call.
 
@@ -348,6 +360,15 @@ def is_compiled(module: nn.Module) -> bool:
 def is_compiler_error(error: BaseException) -> bool:
     """Whether torch.compile has raised it. Replacement: one public base class of these errors."""
     return type(error).__module__.startswith(("torch._dynamo.", "torch._inductor."))
+
+
+def is_fx_tracing() -> bool:
+    """Whether torch.fx traces what runs now. Under torch.compile and torch.export it may be True
+    too, so ask `torch.compiler.is_compiling()` first.
+
+    Replacement: `is_fx_symbolic_tracing`, where all versions have it and it is public.
+    """
+    return _symbolic_trace._is_fx_tracing_flag
 
 
 # Random numbers.

@@ -253,7 +253,7 @@ def test_a_lower_bound_is_for_subsets_alone() -> None:
     ):
         sd.apply(CifarResNet(8), gate="subset", min_samples=-1)
     model = CifarResNet(8)
-    handle = sd.apply(model, sd.Uniform(0.05), gate="subset", min_samples=2)
+    handle = sd.apply(model, sd.Uniform(0.05), gate="subset", min_samples=2, scale="training")
     for _ in range(5):
         model.train()(torch.randn(4, 3, 32, 32))
         assert handle.gates.sum(1).min() >= 2
@@ -395,7 +395,7 @@ def test_classes_that_others_put_on_top_of_a_block_stay(verb: str) -> None:
             lambda model: nn.Sequential(torch.jit.script(model[0].f), model[1]),
             "script the model after sd.fo",
         ),
-        (torch.fx.symbolic_trace, "the model before it is traced"),
+        (torch.fx.symbolic_trace, "trace the model after sd.fold; for features"),
     ],
 )
 @pytest.mark.parametrize("verb", [sd.apply, sd.plan])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.torch_private import call_of, generators, set_call
+from stochastic_depth.torch_private import call_of, generators, gradient_hooks, set_call
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
 """Attributes of every `nn.Module`, which PyTorch itself manages: tensors, children and hooks."""
@@ -52,7 +52,7 @@ def preserve_state(model: nn.Module) -> Iterator[Callable[[], None]]:
     compiled = [(module, call_of(module)) for module in modules]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     fused = torch.backends.mha.get_fastpath_enabled()
-    on_gradients = [hooks for p, _ in gradients if (hooks := p._post_accumulate_grad_hooks)]
+    on_gradients = [hooks for p, _ in gradients if (hooks := gradient_hooks(p))]
     held = [(hooks, dict(hooks)) for hooks in on_gradients]
 
     def restore() -> None:

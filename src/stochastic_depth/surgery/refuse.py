@@ -53,7 +53,8 @@ def _refuse_wrapped(model: nn.Module) -> None:
             raise ApplyError(
                 f"{name or type(model).__name__!r} is a torch.fx.GraphModule, which builds its "
                 "class again when it is copied or recompiled, and loses its gates: sd.apply the "
-                "model before it is traced"
+                "original model, and trace the model after sd.fold; for features in training, use "
+                "module.register_forward_hook"
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise ApplyError(
