@@ -19,7 +19,7 @@ from stochastic_depth.data.pictures import (
     training_view,
 )
 from stochastic_depth.errors import DataError, OutOfMemoryError, first_line
-from stochastic_depth.processes import cores
+from stochastic_depth.processes import cores, forked_processes
 from stochastic_depth.randomness import generator
 
 # The mean and deviation of ImageNet's training images, as every published network uses them.
@@ -121,12 +121,13 @@ class FolderBatches:
     def _load(self, images: FolderImages, batches: tuple[torch.Tensor, ...]) -> Iterator[Batch]:
         shards = (batch[self.shard.slice_of(len(batch))].tolist() for batch in batches)
         shards = [indices for indices in shards if indices]
+        workers = min(self.workers, cores(), len(shards))  # PyTorch warns if they exceed the cores
         loader = DataLoader(
             images,
             batch_sampler=shards,
             collate_fn=collate,
-            # PyTorch warns if there are more workers than cores.
-            num_workers=min(self.workers, cores(), len(shards)),
+            num_workers=workers,
+            multiprocessing_context=forked_processes() if workers else None,
             pin_memory=self.device.type == "cuda",
             # Without this the loader would draw from the global random state.
             generator=generator("workers", self.seed),
