@@ -1,4 +1,5 @@
 import math
+import shlex
 import shutil
 from dataclasses import replace
 
@@ -27,7 +28,14 @@ from stochastic_depth.train.run_folder import FORMAT
 from stochastic_depth.train.schedule_config import ScheduleConfig
 from stochastic_depth.train.step import evaluate
 from stochastic_depth.train.train_state import TrainState
-from support.runs import assert_same_end, end_state, finish, interrupted_and_resumed
+from stochastic_depth.train.weights import write_weights
+from support.runs import (
+    assert_same_end,
+    edit_description,
+    end_state,
+    finish,
+    interrupted_and_resumed,
+)
 
 
 def test_a_run_writes_its_folder(small, path, silent):
@@ -301,3 +309,21 @@ def test_a_run_without_a_checkpoint_cannot_be_evaluated(small, path):
     run, images = begin(small, path)
     with pytest.raises(CheckpointError, match="no evaluated checkpoint"):
         trained_model(run, images)
+
+
+def test_an_error_prints_a_command_that_a_shell_takes_whatever_the_path(small, path):
+    path = path.with_name("a run's folder")
+    run, images = begin(small, path)
+    with pytest.raises(RunError) as existing:
+        begin(small, path)
+    with pytest.raises(CheckpointError) as untrained:
+        trained_model(run, images)
+    write_weights(run.weights, {"weight": torch.ones(1)}, {"run": "f" * 32})
+    with pytest.raises(RunError) as foreign:
+        trained_model(run, images)
+    edit_description(path, lambda described: described["runtime"].update(device="cuda:99"))
+    with pytest.raises(ConfigError) as elsewhere:
+        reopen(path)
+    for error in (existing, untrained, foreign, elsewhere):
+        _, printed = str(error.value).split("stochastic-depth ")
+        assert shlex.split(printed)[:3] == ["train", "--resume", str(path)]
