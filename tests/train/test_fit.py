@@ -24,6 +24,7 @@ from stochastic_depth.train import (
     reopen,
     trained_model,
 )
+from stochastic_depth.train.build import handle_or_always_open
 from stochastic_depth.train.run_folder import FORMAT
 from stochastic_depth.train.schedule_config import ScheduleConfig
 from stochastic_depth.train.step import evaluate
@@ -219,6 +220,16 @@ def test_what_cannot_be_trained_leaves_no_folder(small, path, change, error):
     with pytest.raises(error):
         begin(replace(small, **change), path)
     assert not path.exists()
+
+
+def test_a_network_without_residual_blocks_is_refused_with_what_trains_it(small, path, silent):
+    dense = replace(small, model=ModelConfig(kind="densenet", depth=10, growth=4))
+    with pytest.raises(sd.errors.ApplyError, match=r"DenseNet .*: give --survival\.rule constant$"):
+        begin(dense, path)
+    run, _ = finish(path, replace(dense, survival=SurvivalConfig(rule="constant")), silent)
+    model, _ = trained_model(*reopen(run.path))
+    with pytest.raises(sd.errors.ApplyError, match=r"DenseNet .*: choose a run of another network"):
+        handle_or_always_open(model)
 
 
 def test_a_folder_that_is_no_run_is_refused(path):
