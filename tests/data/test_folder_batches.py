@@ -185,6 +185,16 @@ def test_a_damaged_picture_is_named(root, workers):
         list(made(root, workers=workers).evaluate("test"))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("size", [(1, 1_000_000), (20_000_000, 4)])
+def test_a_picture_like_a_hair_is_named(root, workers, size):
+    path = root / "train" / "n02" / "n02_1.JPEG"
+    Image.new("1", size).save(path, "PNG")
+    shape = f"{size[0]}x{size[1]} pixels"
+    with pytest.raises(DataError, match=rf"n02_1\.JPEG: an image of {shape}.*: crop it"):
+        list(made(root, workers=workers).train(0))
+
+
 def test_a_picture_that_claims_to_be_huge_is_not_decoded(root):
     file = io.BytesIO()
     Image.new("1", (9_000, 9_000)).save(file, "PNG")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from stochastic_depth.choices import Scaling
 from stochastic_depth.data.batching import WHOLE, Batch, Part, Shard, epoch_order, normalise, steps
 from stochastic_depth.data.dataset import check_count, stratified
 from stochastic_depth.data.picture_files import Samples, fingerprint, scan
@@ -86,6 +87,7 @@ class FolderBatches:
         self.name = name
         self.shape = (3, image_size, image_size)
         self.shorter_side = shorter_side(image_size)
+        self.scaling: Scaling = "bilinear"  # as torchvision does
         self.sizes = {part: len(samples) for part, samples in self._samples.items()}
         self.held_out = validation > 0
         self.steps_per_epoch = steps(self.sizes["train"], batch)
