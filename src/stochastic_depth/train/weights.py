@@ -111,6 +111,6 @@ def _require_run(path: Path, about: Mapping[str, str], run_id: str) -> None:
     owner = about.get("run", "none")
     if owner != run_id:
         raise RunError(
-            f"{path} belongs to another run ({escaped(owner)[:40]}, not {run_id}): remove it; it is "
-            f"written again by {command('train', '--resume', path.parent)}"
+            f"{path} belongs to another run ({escaped(owner)[:40]}, not {run_id}): remove it; "
+            f"it is written again by {command('train', '--resume', path.parent)}"
         )
