@@ -1,6 +1,9 @@
+import shlex
+from pathlib import Path
+
 import pytest
 
-from stochastic_depth.plain_text import si
+from stochastic_depth.plain_text import command, si
 
 
 @pytest.mark.parametrize(
@@ -17,3 +20,11 @@ from stochastic_depth.plain_text import si
 )
 def test_a_count_has_three_digits_and_a_prefix(count: float, shown: str) -> None:
     assert si(count) == shown
+
+
+def test_a_shell_splits_a_command_into_the_arguments_it_was_made_of() -> None:
+    path = Path("runs of $HOME/it's mine")
+    printed = command("train", "--resume", path, "--seed", 3)
+    assert printed.startswith("stochastic-depth train --resume '")
+    assert shlex.split(printed)[1:] == ["train", "--resume", str(path), "--seed", "3"]
+    assert command("train", "--resume", "runs/a") == "stochastic-depth train --resume runs/a"

@@ -5,6 +5,10 @@ from typing import Literal
 DataName = Literal["digits", "cifar10", "cifar100", "svhn", "imagenet", "folder"]
 """The data sets of `data.sources`."""
 
+Scaling = Literal["bilinear", "area"]
+"""How a picture is scaled to the size that a network takes: by Pillow's bilinear filter, or, where
+it becomes smaller, by averaging areas."""
+
 GateKind = Literal["batch", "sample", "subset"]
 """One coin for each block and mini-batch (the paper); or one for each block and sample, by which
 the branch is masked ("sample") or runs on the drawn samples only ("subset")."""

@@ -1,5 +1,6 @@
-"""Tables, numbers and foreign text in plain text."""
+"""Tables, numbers, commands and foreign text in plain text."""
 
+import shlex
 from collections.abc import Iterable, Sequence
 
 
@@ -28,6 +29,11 @@ def si(count: float) -> str:
 def count_text(count: int, what: str) -> str:
     """The number and its noun: "1 figure", "2,000 figures"."""
     return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def command(*arguments: object) -> str:
+    """The command that calls this program with `arguments`, as a shell takes it."""
+    return shlex.join(["stochastic-depth", *map(str, arguments)])
 
 
 def escaped(text: str) -> str:

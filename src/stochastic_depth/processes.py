@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # not every system has both
-    from multiprocessing.context import ForkServerContext, SpawnContext
+if TYPE_CHECKING:  # not every system has all
+    from multiprocessing.context import ForkContext, ForkServerContext, SpawnContext
 
 
 def fresh_processes(module: str) -> ForkServerContext | SpawnContext:
@@ -28,6 +28,18 @@ def fresh_processes(module: str) -> ForkServerContext | SpawnContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([module])
     return context
+
+
+def forked_processes() -> ForkContext | SpawnContext:
+    """A context for processes that have what this one has imported, where forking is safe.
+
+    The default of Python is not that: in a process of `fresh_processes`, and everywhere from
+    Python 3.14 on, it is a fresh interpreter, which imports PyTorch again, for seconds. On systems
+    other than Linux a forked process can crash, and each one imports what it needs.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    return multiprocessing.get_context("fork")
 
 
 def cores() -> int:

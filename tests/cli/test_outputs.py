@@ -157,14 +157,29 @@ def test_a_full_disk_under_the_output_is_told(arguments):
     )
 
 
-def test_an_encoding_without_arrows_has_something_in_their_place(run):
+LATIN = {"PYTHONIOENCODING": "latin-1"}
+ASCII = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+
+
+@pytest.mark.parametrize("encoding", [LATIN, ASCII], ids=["latin-1", "ascii"])
+def test_an_encoding_without_arrows_has_something_in_their_place(encoding, run):
     ended = subprocess.run(
         [sys.executable, "-m", "stochastic_depth", "train", "--resume", str(run)],
-        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+        env=os.environ | encoding,
         capture_output=True,
     )
     assert ended.returncode == 0, ended.stderr
     assert b" images ? " in ended.stdout
+
+
+def test_a_page_is_the_same_whatever_the_encoding_of_the_system(run, tmp_path):
+    pages = []
+    for encoding in (ASCII, {"PYTHONUTF8": "1"}):
+        out = tmp_path / "page.html"
+        command = [sys.executable, "-m", "stochastic_depth", "report", str(run), "--out", str(out)]
+        subprocess.run(command, env=os.environ | encoding, capture_output=True, check=True)
+        pages.append(re.sub(r"Written [-\d]+ [\d:]+ UTC", "", out.read_text("utf-8")))
+    assert pages[0] == pages[1]
 
 
 @pytest.mark.parametrize("command", ["eval RUN", "export RUN", "analyze pruning RUN"])

@@ -185,6 +185,35 @@ def test_a_parquet_file_with_other_content_is_refused(make, message, tmp_path, p
         read_cifar(tmp_path, CIFAR10)
 
 
+@pytest.mark.parametrize(
+    ("write", "source"),
+    [
+        (write_binary, r"data_batch_4\.bin"),
+        (write_parquet, r"train-00000-of-00002\.parquet, .*train-00001-of-00002\.parquet"),
+        (write_folders, r"files/train"),
+    ],
+)
+def test_files_that_have_lost_some_images_are_named_with_both_numbers(
+    write, source, tmp_path, pictures, monkeypatch
+):
+    """As if the published data set had 100 images, 10 of them for testing."""
+    published, labels = (100, 10), np.arange(100) % 10
+    monkeypatch.setattr(cifar, "PUBLISHED", published)
+    parts = pictures(100), labels, pictures(10), labels[:10]
+    write(tmp_path / "whole", CIFAR10, *parts)
+    assert tuple(map(len, read_cifar(tmp_path / "whole", CIFAR10))) == published
+    folder = tmp_path / "files"
+    if write is write_binary:
+        write(folder, CIFAR10, *parts)
+        cut = folder / "data_batch_4.bin"
+        cut.write_bytes(cut.read_bytes()[:-3073])
+    else:
+        write(folder, CIFAR10, *(part[:99] for part in parts))
+    found = "19 images, published with 20" if write is write_binary else "99 .* with 100"
+    with pytest.raises(DataError, match=f"{source}: {found}: fetch it again; .*--data.train N"):
+        read_cifar(folder, CIFAR10)
+
+
 @pytest.mark.parametrize("share", [0, 0.3, 0.999])
 def test_a_truncated_parquet_file_is_refused(share, tmp_path, pictures):
     labels = np.arange(20) % 10

@@ -1,4 +1,7 @@
 import io
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ from PIL import Image
 
 from stochastic_depth.data import Batches, FolderBatches, folder_batches
 from stochastic_depth.errors import DataError
+from stochastic_depth.processes import fresh_processes
 from support.data_sets import IMAGENET_CLASSES, same_batches, write_imagenet
 
 SIZE = 28
@@ -71,6 +75,27 @@ def test_the_number_of_workers_does_not_change_the_batches(root):
     alone = list(made(root).train(1))
     assert same_batches(made(root, workers=2).train(1), alone)
     assert same_batches(made(root, workers=2).evaluate("test"), made(root).evaluate("test"))
+
+
+def batches_and_decoders(root):
+    """An epoch as arrays, and the kinds of the processes that decoded it."""
+    found, kinds = [], set()
+    for images, labels in made(root, workers=2).train(1):
+        found.append((images.numpy(), labels.numpy()))
+        kinds |= {type(process).__name__ for process in multiprocessing.active_children()}
+    return found, kinds
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: where forking is safe")
+def test_in_a_fresh_process_as_that_of_a_sweep_decoders_inherit_what_it_has_imported(root):
+    fresh = fresh_processes("stochastic_depth.lab.sweep.workers")
+    with ProcessPoolExecutor(1, fresh) as process:
+        found, kinds = process.submit(batches_and_decoders, root).result()
+    alone = [(images.numpy(), labels.numpy()) for images, labels in made(root).train(1)]
+    for one, other in zip(found, alone, strict=True):
+        np.testing.assert_array_equal(one[0], other[0])
+        np.testing.assert_array_equal(one[1], other[1])
+    assert kinds == {"ForkProcess"}
 
 
 def test_an_epoch_resumed_at_any_step_is_the_tail_of_the_whole(root):
@@ -158,6 +183,16 @@ def test_a_damaged_picture_is_named(root, workers):
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(DataError, match=r"n02_1.JPEG: no readable"):
         list(made(root, workers=workers).evaluate("test"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("size", [(1, 1_000_000), (20_000_000, 4)])
+def test_a_picture_like_a_hair_is_named(root, workers, size):
+    path = root / "train" / "n02" / "n02_1.JPEG"
+    Image.new("1", size).save(path, "PNG")
+    shape = f"{size[0]}x{size[1]} pixels"
+    with pytest.raises(DataError, match=rf"n02_1\.JPEG: an image of {shape}.*: crop it"):
+        list(made(root, workers=workers).train(0))
 
 
 def test_a_picture_that_claims_to_be_huge_is_not_decoded(root):

@@ -141,3 +141,17 @@ def test_links_in_a_circle_are_refused_and_the_remedy_works(root, ways):
         scan(root / "train")
     Path(str(raised.value).split(": a link")[0]).unlink()
     assert len(scan(root / "train")[1]) == 6 + 3 * (len(ways) - 1)
+
+
+@pytest.mark.parametrize("link", ["birds", "cats/more", "cats/a/b"])
+def test_a_link_to_nothing_is_refused_and_both_remedies_work(root, link):
+    (path := root / "train" / link).parent.mkdir(exist_ok=True)
+    (root / "train" / "cats" / ".hidden").symlink_to("nowhere")
+    path.symlink_to(target := root / "moved")
+    message = f"{re.escape(str(path))}: a link to {re.escape(str(target))}, where nothing is"
+    with pytest.raises(DataError, match=message):
+        scan(root / "train")
+    shutil.copytree(root / "train" / "dogs", target)
+    assert len(scan(root / "train")[1]) == 9
+    path.unlink()
+    assert len(scan(root / "train")[1]) == 6

@@ -1,13 +1,17 @@
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import stochastic_depth as sd
 from stochastic_depth.cli import main
+from stochastic_depth.data import DataSet, Images, TensorBatches
+from stochastic_depth.data.dataset import reduced
 from stochastic_depth.data.pictures import evaluation_view, open_picture
-from stochastic_depth.export.description import ImageInput
+from stochastic_depth.export.description import ImageInput, read_description
 from stochastic_depth.export.predict import open_classifier, read_pictures
 from stochastic_depth.train import reopen
 
@@ -36,6 +40,53 @@ def test_other_sizes_are_scaled_and_cut_as_torchvision_does(size, tmp_path):
     Image.fromarray(pixels.numpy()).save(path)
     mine = read_pictures([path], ImageInput((3, 224, 224), 256, (0.0,) * 3, (1.0,) * 3))
     assert torch.equal((mine[0] * 255).round().byte(), evaluation_view(224)(open_picture(path)))
+
+
+@pytest.mark.parametrize(("side", "size"), [(8, 4), (8, 2), (32, 16), (32, 8), (32, 4)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_are_reduced_as_a_data_set_in_memory(side, size, channels, tmp_path):
+    pixels = torch.randint(256, (4, channels, side, side), generator=torch.manual_seed(0)).byte()
+    images = Images(pixels, torch.tensor([0, 1, 0, 1]))
+    batches = TensorBatches(
+        DataSet("mine", ("a", "b"), *[reduced("mine", images, size)] * 3),
+        batch=4,
+        augment=False,
+        seed=0,
+        device="cpu",
+    )
+    paths = [tmp_path / f"{number}.png" for number in range(4)]
+    for path, image in zip(paths, pixels, strict=True):
+        Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(path)
+    moments = (tuple(moment.tolist()) for moment in (batches.mean, batches.std))
+    wanted = ImageInput(batches.shape, batches.shorter_side, *moments, batches.scaling)
+    assert torch.equal(read_pictures(paths, wanted), next(batches.evaluate("test"))[0])
+
+
+def test_a_picture_that_is_no_multiple_of_the_size_is_averaged_by_area_and_a_smaller_one_is_not(
+    tmp_path,
+):
+    wanted = ImageInput((1, 3, 3), 3, (0.0,), (1.0,), "area")
+    pixels = torch.randint(256, (10, 10), generator=torch.manual_seed(0)).byte()
+    Image.fromarray(pixels.numpy()).save(tmp_path / "large.png")
+    # Each pixel belongs to the area of 10/3 x 10/3 in which its middle is.
+    areas = [slice(0, 3), slice(3, 7), slice(7, 10)]
+    expected = [[pixels[rows, columns].double().mean() for columns in areas] for rows in areas]
+    found = 255 * read_pictures([tmp_path / "large.png"], wanted)[0, 0]
+    assert (found - torch.tensor(expected)).abs().max() <= 1
+    small = Image.fromarray(pixels[:2, :2].numpy())
+    small.save(tmp_path / "small.png")
+    enlarged = small.resize((3, 3), Image.Resampling.BILINEAR)
+    found = 255 * read_pictures([tmp_path / "small.png"], wanted)[0, 0]
+    assert found.round().byte().tolist() == np.asarray(enlarged).tolist()
+
+
+def test_a_file_that_does_not_say_how_pictures_are_scaled_keeps_the_bilinear_filter(trained):
+    written = json.loads(open_classifier(trained)[1].to_json())
+    assert written["input"].pop("scaling") == "area"
+    assert read_description(json.dumps(written)).input.scaling == "bilinear"
+    written["input"]["scaling"] = "lanczos"
+    with pytest.raises(sd.errors.ExportError, match="lanczos"):
+        read_description(json.dumps(written))
 
 
 @pytest.mark.parametrize("kind", ["run", "safetensors", "onnx"])
@@ -95,7 +146,7 @@ def test_what_is_no_picture_is_an_error_of_one_line(content, shown, trained, tmp
 
 def test_a_picture_like_a_hair_is_refused(tmp_path):
     Image.new("L", (1, 4000)).save(tmp_path / "hair.png")
-    with pytest.raises(sd.errors.DataError, match=r"1x4000 pixels.* times as long as it is wide"):
+    with pytest.raises(sd.errors.DataError, match=r"hair\.png: .* 1x4000 pixels.*: crop it"):
         read_pictures([tmp_path / "hair.png"], ImageInput((1, 8, 8), 8, (0.5,), (1.0,)))
 
 

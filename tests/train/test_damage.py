@@ -270,7 +270,7 @@ def test_an_empty_folder_is_begun_in_and_a_folder_of_something_else_is_not(
     run, _ = begin(small, path)
     assert open_run(path) == run
     described = (path / "config.json").read_bytes()
-    with pytest.raises(RunError, match=f"exists already: resume it by --resume {path}"):
+    with pytest.raises(RunError, match="exists already: choose another --run, or resume it"):
         begin(small, path)
     assert (path / "config.json").read_bytes() == described
     assert [p.name for p in path.parent.iterdir()] == ["run"]

@@ -1,4 +1,5 @@
 import math
+import shlex
 import shutil
 from dataclasses import replace
 
@@ -23,11 +24,19 @@ from stochastic_depth.train import (
     reopen,
     trained_model,
 )
+from stochastic_depth.train.build import handle_or_always_open
 from stochastic_depth.train.run_folder import FORMAT
 from stochastic_depth.train.schedule_config import ScheduleConfig
 from stochastic_depth.train.step import evaluate
 from stochastic_depth.train.train_state import TrainState
-from support.runs import assert_same_end, end_state, finish, interrupted_and_resumed
+from stochastic_depth.train.weights import write_weights
+from support.runs import (
+    assert_same_end,
+    edit_description,
+    end_state,
+    finish,
+    interrupted_and_resumed,
+)
 
 
 def test_a_run_writes_its_folder(small, path, silent):
@@ -213,6 +222,16 @@ def test_what_cannot_be_trained_leaves_no_folder(small, path, change, error):
     assert not path.exists()
 
 
+def test_a_network_without_residual_blocks_is_refused_with_what_trains_it(small, path, silent):
+    dense = replace(small, model=ModelConfig(kind="densenet", depth=10, growth=4))
+    with pytest.raises(sd.errors.ApplyError, match=r"DenseNet .*: give --survival\.rule constant$"):
+        begin(dense, path)
+    run, _ = finish(path, replace(dense, survival=SurvivalConfig(rule="constant")), silent)
+    model, _ = trained_model(*reopen(run.path))
+    with pytest.raises(sd.errors.ApplyError, match=r"DenseNet .*: choose a run of another network"):
+        handle_or_always_open(model)
+
+
 def test_a_folder_that_is_no_run_is_refused(path):
     path.mkdir()
     with pytest.raises(RunError, match="not a run folder"):
@@ -301,3 +320,21 @@ def test_a_run_without_a_checkpoint_cannot_be_evaluated(small, path):
     run, images = begin(small, path)
     with pytest.raises(CheckpointError, match="no evaluated checkpoint"):
         trained_model(run, images)
+
+
+def test_an_error_prints_a_command_that_a_shell_takes_whatever_the_path(small, path):
+    path = path.with_name("a run's folder")
+    run, images = begin(small, path)
+    with pytest.raises(RunError) as existing:
+        begin(small, path)
+    with pytest.raises(CheckpointError) as untrained:
+        trained_model(run, images)
+    write_weights(run.weights, {"weight": torch.ones(1)}, {"run": "f" * 32})
+    with pytest.raises(RunError) as foreign:
+        trained_model(run, images)
+    edit_description(path, lambda described: described["runtime"].update(device="cuda:99"))
+    with pytest.raises(ConfigError) as elsewhere:
+        reopen(path)
+    for error in (existing, untrained, foreign, elsewhere):
+        _, printed = str(error.value).split("stochastic-depth ")
+        assert shlex.split(printed)[:3] == ["train", "--resume", str(path)]

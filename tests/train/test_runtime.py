@@ -105,7 +105,7 @@ def test_several_processes_go_on_by_autograd_with_a_run_of_the_block_program(
 ):
     begin(replace(small, engine="program"), path)
     for module in ("engine_choice", "open"):
-        monkeypatch.setattr(f"stochastic_depth.train.{module}.ranks", lambda: 2)
+        monkeypatch.setattr(f"stochastic_depth.train.{module}.world_size", lambda: 2)
     assert reopen(path)[0].runtime.engine == "eager"
 
 

@@ -41,7 +41,8 @@ MODULES = {"compare": "train", "eval": "train", "predict": "export", "recipes": 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     os.environ.setdefault("GOMP_SPINCOUNT", spin_count())  # before PyTorch is loaded
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+    unprintable = ("strict", "surrogateescape")  # the latter is the default for LC_ALL=C
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in unprintable:
         sys.stdout.reconfigure(errors="replace")  # for encodings that have no arrows
     try:
         code = _exit_code(list(sys.argv[1:] if arguments is None else arguments))

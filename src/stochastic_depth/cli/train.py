@@ -23,6 +23,7 @@ from stochastic_depth.cli.arguments import (
 )
 from stochastic_depth.errors import ConfigError, Interrupted, RunError
 from stochastic_depth.extras import require_report
+from stochastic_depth.plain_text import command
 from stochastic_depth.recipes import RECIPES, describe_recipe
 from stochastic_depth.train.checks import at_least
 from stochastic_depth.train.config import Config
@@ -196,9 +197,8 @@ def _train(run: "Run", batches: "Batches", console: "PlainConsole") -> int:
             for _ in fit(run, batches, display.show(), stop):
                 pass
         except Interrupted as interrupted:
-            return _say_how_to_resume(
-                console, interrupted, f"train --resume {shlex.quote(str(run.path))}"
-            )
+            again = command("train", "--resume", run.path)
+            return _say_how_to_resume(console, interrupted, again)
     if is_primary():
         console.print(run_table(run))
     return 0
@@ -224,7 +224,7 @@ def run_table(run: "Run") -> "Table":
 def _say_how_to_resume(console: "PlainConsole", interrupted: Interrupted, again: str) -> int:
     """Print how to resume; returns the exit code."""
     console.say(f"{interrupted}")
-    console.say(f"resume:  stochastic-depth {again}")
+    console.say(f"resume:  {again}")
     return 128 + interrupted.signal
 
 
@@ -253,7 +253,7 @@ def compare(arguments: list[str]) -> int:
         try:
             runs = comparison.train_pairs(config, seeds, folder, display, stop, end)
         except Interrupted as interrupted:
-            return _say_how_to_resume(console, interrupted, shlex.join(["compare", *arguments]))
+            return _say_how_to_resume(console, interrupted, command("compare", *arguments))
     found = comparison.compare_runs(runs)
     console.say(found.title)
     console.print(*(table.rich() for table in tables(found)))

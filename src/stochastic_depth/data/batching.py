@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from stochastic_depth.choices import Scaling
 from stochastic_depth.data.dataset import DataSet
 from stochastic_depth.errors import DataError
 from stochastic_depth.randomness import generator
@@ -45,6 +46,7 @@ class Batches(Protocol):
         mean, std: float32 [channels], by which images are normalised.
         shorter_side: the length in pixels to which the shorter side of a picture is scaled before
             its middle is cut out.
+        scaling: how it is scaled.
     """
 
     @property
@@ -67,6 +69,8 @@ class Batches(Protocol):
     def std(self) -> Tensor: ...
     @property
     def shorter_side(self) -> int: ...
+    @property
+    def scaling(self) -> Scaling: ...
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, from step `start` on; of each batch the shard of this process.
@@ -183,6 +187,7 @@ class TensorBatches:
         self.classes = data.classes
         self.shape = (channels, height, width)
         self.shorter_side = min(height, width)
+        self.scaling: Scaling = "area"  # as `reduced` does
         self.fingerprint = data.fingerprint
         self.sizes = {part: len(images) for part, images in data.parts.items()}
         self.held_out = True

@@ -30,6 +30,8 @@ from stochastic_depth.errors import DataError
 SIDE = 32
 """The width and height of the images, in pixels."""
 PARTS = ("train", "test")
+PUBLISHED = (50_000, 10_000)
+"""The number of images in each part."""
 INSTEAD = "the binary version, the parquet files, or train/ and test/ with a folder for each class"
 
 MD5 = {
@@ -200,11 +202,30 @@ def read_binary(folder: Path, variant: Variant) -> tuple[Images, Images]:
     """Training and test part of the "binary version".
 
     Raises:
-        DataError: when a file is missing or is not a whole number of records; names it.
+        DataError: when a file is missing, is not a whole number of records or lacks some; names it.
     """
     parts = all_files(folder, variant.binary_files)
-    train, test = (Images.join(read_records(path, variant) for path in part) for part in parts)
+    train, test = (
+        Images.join(
+            complete(read_records(path, variant), published // len(part), path) for path in part
+        )
+        for part, published in zip(parts, PUBLISHED, strict=True)
+    )
     return train, test
+
+
+def complete(images: Images, published: int, source: object) -> Images:
+    """`images`, if there are as many as were published, or so few that this is on purpose.
+
+    Raises:
+        DataError: when some of them seem to be lost; names `source`, and both numbers.
+    """
+    if len(images) != published and len(images) > published // 10:
+        raise DataError(
+            f"{source}: {len(images):,} images, published with {published:,}: fetch it again; to "
+            "train on fewer images, give --data.train N (train=N, in Python)"
+        )
+    return images
 
 
 def read_records(path: Path, variant: Variant) -> Images:
@@ -228,7 +249,11 @@ def read_folders(folder: Path, variant: Variant) -> tuple[Images, Images]:
         DataError: when a folder or a picture is not as expected; names it.
         MissingExtraError: when Pillow is not installed.
     """
-    return read_part(folder / "train", variant), read_part(folder / "test", variant)
+    train, test = (
+        complete(read_part(folder / part, variant), published, folder / part)
+        for part, published in zip(PARTS, PUBLISHED, strict=True)
+    )
+    return train, test
 
 
 def read_part(root: Path, variant: Variant) -> Images:
@@ -290,7 +315,12 @@ def _decoded(
         files: path, size and modification time of the files of each part.
     """
     train, test = (
-        Images.join(read_parquet_file(path, variant) for path, *_ in part) for part in files
+        complete(
+            Images.join(read_parquet_file(path, variant) for path, *_ in part),
+            published,
+            ", ".join(str(path) for path, *_ in part),
+        )
+        for part, published in zip(files, PUBLISHED, strict=True)
     )
     return train, test
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from stochastic_depth.choices import Scaling
 from stochastic_depth.data.batching import WHOLE, Batch, Part, Shard, epoch_order, normalise, steps
 from stochastic_depth.data.dataset import check_count, stratified
 from stochastic_depth.data.picture_files import Samples, fingerprint, scan
@@ -19,7 +20,7 @@ from stochastic_depth.data.pictures import (
     training_view,
 )
 from stochastic_depth.errors import DataError, OutOfMemoryError, first_line
-from stochastic_depth.processes import cores
+from stochastic_depth.processes import cores, forked_processes
 from stochastic_depth.randomness import generator
 
 # The mean and deviation of ImageNet's training images, as every published network uses them.
@@ -86,6 +87,7 @@ class FolderBatches:
         self.name = name
         self.shape = (3, image_size, image_size)
         self.shorter_side = shorter_side(image_size)
+        self.scaling: Scaling = "bilinear"  # as torchvision does
         self.sizes = {part: len(samples) for part, samples in self._samples.items()}
         self.held_out = validation > 0
         self.steps_per_epoch = steps(self.sizes["train"], batch)
@@ -121,12 +123,13 @@ class FolderBatches:
     def _load(self, images: FolderImages, batches: tuple[torch.Tensor, ...]) -> Iterator[Batch]:
         shards = (batch[self.shard.slice_of(len(batch))].tolist() for batch in batches)
         shards = [indices for indices in shards if indices]
+        workers = min(self.workers, cores(), len(shards))  # PyTorch warns if they exceed the cores
         loader = DataLoader(
             images,
             batch_sampler=shards,
             collate_fn=collate,
-            # PyTorch warns if there are more workers than cores.
-            num_workers=min(self.workers, cores(), len(shards)),
+            num_workers=workers,
+            multiprocessing_context=forked_processes() if workers else None,
             pin_memory=self.device.type == "cuda",
             # Without this the loader would draw from the global random state.
             generator=generator("workers", self.seed),

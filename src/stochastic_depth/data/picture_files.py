@@ -37,16 +37,24 @@ def picture_names(folder: Path | str, names: Iterable[str]) -> list[str]:
     """The names of pictures among `names`, sorted. Hidden files and those of other kinds are not.
 
     Raises:
-        DataError: for a picture in a format that is not read; names it.
+        DataError: for a picture in a format that is not read, or a link to nothing, which may stand
+            for a folder of pictures; names it.
     """
     visible = sorted(name for name in names if not name.startswith("."))
-    for name in visible:
+    pictures = [name for name in visible if _suffix(name) in SUFFIXES]
+    for name in sorted({*visible} - {*pictures}):
+        path = Path(folder, name)
         if _suffix(name) in OTHER_SUFFIXES:
             raise DataError(
-                f"{Path(folder, name)}: pictures must be {NAMED} ({', '.join(SUFFIXES)}): "
+                f"{path}: pictures must be {NAMED} ({', '.join(SUFFIXES)}): "
                 "convert it to one of these, or remove it"
             )
-    return [name for name in visible if _suffix(name) in SUFFIXES]
+        if path.is_symlink() and not path.exists():
+            raise DataError(
+                f"{path}: a link to {path.readlink()}, where nothing is: put there what it links "
+                "to, or remove it"
+            )
+    return pictures
 
 
 def _suffix(name: str) -> str:
@@ -60,7 +68,8 @@ def scan(folder: Path) -> tuple[tuple[str, ...], Samples]:
 
     Raises:
         DataError: when there are fewer than two classes, one has no pictures, a picture is in a
-            format that is not read or in no class, or a folder holds a link to one around it.
+            format that is not read or in no class, or a folder holds a link to one around it or
+            to nothing.
     """
     expected = (
         "expected one folder of pictures for each class, as in train/n01440764/ and val/n01440764/"
@@ -71,12 +80,13 @@ def scan(folder: Path) -> tuple[tuple[str, ...], Samples]:
         found = os.listdir(folder)
     folders = [name for name in found if (folder / name).is_dir()]
     classes = sorted(name for name in folders if not name.startswith("."))
+    stray = picture_names(folder, set(found).difference(folders))
     if len(classes) < 2:
         raise DataError(
             f"{folder}: {expected}; a classifier needs two classes, found "
             f"{f'only {classes[0]}' if classes else 'no folder'}"
         )
-    if stray := picture_names(folder, set(found).difference(folders)):
+    if stray:
         raise DataError(
             f"{folder / stray[0]}: a picture beside the folders of the classes has no class: move "
             f"it into one of {', '.join(classes[:8])}, or remove it"

@@ -99,6 +99,8 @@ def decode_one(encoded: bytes | None, where: str, side: int) -> bytes:
 
 # Pillow itself suspects an attack from 89 million on; ImageNet's largest picture has 25 million.
 MAX_PIXELS = 80_000_000
+LONGEST = 100
+"""The largest allowed ratio of the sides; scaling a longer picture would need too much memory."""
 
 View = Callable[[Any], Tensor]
 
@@ -151,8 +153,8 @@ def open_picture(path: Path) -> Any:
     """A decoded Pillow image in RGB, 8 bits a channel, turned upright as its EXIF data says.
 
     Raises:
-        DataError: when it is not a picture in one of `FORMATS`, is truncated, claims to be huge, or
-            has floating-point pixels.
+        DataError: when it is not a picture in one of `FORMATS`, is truncated, claims to be huge or
+            has a very long side, or has floating-point pixels.
         MissingExtraError: when Pillow is not installed.
     """
     image = require("PIL.Image", "data")
@@ -164,6 +166,11 @@ def open_picture(path: Path) -> Any:
                 raise DataError(
                     f"{path}: an image of {picture.width}x{picture.height} pixels, expected at "
                     f"most {MAX_PIXELS:,}: replace it"
+                )
+            if max(picture.size) > LONGEST * min(picture.size):
+                raise DataError(
+                    f"{path}: an image of {picture.width}x{picture.height} pixels, expected one "
+                    f"side at most {LONGEST} times as long as the other: crop it, or remove it"
                 )
             method = UPRIGHT.get(orientation(picture))
             pixels = eight_bits(picture, path).convert("RGB")

@@ -3,10 +3,11 @@
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
+from stochastic_depth.choices import Scaling
 from stochastic_depth.errors import ConfigError, ExportError
 from stochastic_depth.export.remove_blocks import remove_blocks
 from stochastic_depth.models.networks import NETWORKS
@@ -69,6 +70,8 @@ class ImageInput:
     """Mean of each channel, for values from 0 to 1; it is subtracted."""
     std: tuple[float, ...]
     """Standard deviation of each channel; the difference is divided by it."""
+    scaling: Scaling = "bilinear"
+    """How a picture is scaled; older files do not say so."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,7 @@ def _check(read: Description) -> None:
         and len(mean) == len(std) == shape[0] in (1, 3)
         and all(isinstance(n, int | float) for n in (*mean, *std))
         and all(n > 0 for n in std)
+        and read.input.scaling in get_args(Scaling)
         and all(isinstance(n, int) and n >= 0 for n in (*removed, *order, *counts))
         and len(set(removed)) == len(removed)
         and sorted(order) == list(range(len(order)))

@@ -137,6 +137,7 @@ def _describe(run: Run, batches: Batches, step: int, removed: tuple[int, ...]) -
             batches.shorter_side,
             tuple(batches.mean.tolist()),
             tuple(batches.std.tolist()),
+            batches.scaling,
         ),
         batches.classes,
         survival,

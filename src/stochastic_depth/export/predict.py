@@ -10,7 +10,7 @@ from torch import Tensor
 from stochastic_depth.choices import CheckpointName
 from stochastic_depth.data import normalise
 from stochastic_depth.data.pictures import open_picture
-from stochastic_depth.errors import DataError, ExportError
+from stochastic_depth.errors import ExportError
 from stochastic_depth.export.description import Description, ImageInput, read_description
 from stochastic_depth.export.load import load_export
 from stochastic_depth.export.network import plain_network
@@ -18,9 +18,6 @@ from stochastic_depth.export.write import read_onnx
 from stochastic_depth.extras import require
 from stochastic_depth.files import LARGE, read_file, reading
 from stochastic_depth.train import reopen
-
-LONGEST = 20
-"""The largest allowed ratio of the sides; scaling a longer picture would need too much memory."""
 
 
 def read_pictures(paths: Sequence[Path], wanted: ImageInput) -> Tensor:
@@ -33,25 +30,25 @@ def read_pictures(paths: Sequence[Path], wanted: ImageInput) -> Tensor:
         DataError: when a file is not a picture, or is truncated; names the file.
         MissingExtraError: when Pillow is not installed.
     """
-    pixels = torch.stack([_pixels(path, open_picture(path), wanted) for path in paths])
+    pixels = torch.stack([_pixels(open_picture(path), wanted) for path in paths])
     return normalise(pixels, torch.tensor(wanted.mean), torch.tensor(wanted.std))
 
 
-def _pixels(path: Path, picture: Any, wanted: ImageInput) -> Tensor:
+def _pixels(picture: Any, wanted: ImageInput) -> Tensor:
     """The pixels of a Pillow image: uint8 [channels, height, width]."""
     image = require("PIL.Image", "data")
     channels, height, width = wanted.shape
     short, long = sorted(picture.size)
-    if long > LONGEST * short:
-        raise DataError(
-            f"{path}: a picture of {picture.width}x{picture.height} pixels: give one that is at "
-            f"most {LONGEST} times as long as it is wide"
-        )
     if short != wanted.shorter_side:
         scaled = max(1, int(wanted.shorter_side * long / short))
         upright = picture.width <= picture.height
         size = (wanted.shorter_side, scaled) if upright else (scaled, wanted.shorter_side)
-        picture = picture.resize(size, image.Resampling.BILINEAR)
+        if wanted.scaling == "area" and short > wanted.shorter_side:
+            # With this gap areas are averaged in one step, and rounded once, as in training.
+            gap = None if short % wanted.shorter_side else 1.0
+            picture = picture.resize(size, image.Resampling.BOX, reducing_gap=gap)
+        else:
+            picture = picture.resize(size, image.Resampling.BILINEAR)
     left, top = round((picture.width - width) / 2), round((picture.height - height) / 2)
     picture = picture.convert("L" if channels == 1 else "RGB")
     picture = picture.crop((left, top, left + width, top + height))

@@ -57,20 +57,20 @@ def render(report: Report, state: str, refresh: int | None = None) -> str:
         refresh: after how many seconds the page reloads itself; never when None.
     """
     folder = files("stochastic_depth.lab") / "template"
-    script = (folder / "report.js").read_text()
+    script = (folder / "report.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
     environment.filters["unbroken"] = lambda title: title.replace("-", "\N{NON-BREAKING HYPHEN}")
-    return environment.from_string((folder / "report.html").read_text()).render(
+    return environment.from_string((folder / "report.html").read_text("utf-8")).render(
         report=report,
         title=_page_title(report),
         state=f"{state} Written {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC.",
         refresh=refresh,
         draw=DrawnFigure,
         version=version("stochastic-depth"),
-        style=Markup(style_sheet() + (folder / "report.css").read_text()),
+        style=Markup(style_sheet() + (folder / "report.css").read_text("utf-8")),
         script=Markup(script),
         script_hash=f"sha256-{digest}",
     )

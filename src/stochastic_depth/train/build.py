@@ -82,7 +82,16 @@ def handle_or_always_open(model: nn.Module) -> Handle:
     try:
         return handle_of(model)
     except ApplyError:
+        _require_blocks(model, "choose a run of another network")
         return apply(model, Uniform(1.0))
+
+
+def _require_blocks(model: nn.Module, remedy: str) -> None:
+    """Raise an error for a network that is not built from residual blocks."""
+    if not any(isinstance(module, Residual) for module in model.modules()):
+        raise ApplyError(
+            f"a {type(model).__name__} has no residual blocks that could be skipped: {remedy}"
+        )
 
 
 def build_network(
@@ -108,12 +117,11 @@ def require_trainable(config: Config, batches: Batches) -> None:
             the schedule drops no block.
     """
     channels, height, width = batches.shape
-    if config.survival.rule != "constant":
-        config.survival.schedule.require_effect(config.epochs * batches.steps_per_epoch)
     with torch.device("meta"):
         model = build_model(config.model, channels, len(batches.classes), config.seed)
-        if not any(isinstance(module, Residual) for module in model.modules()):
-            apply_survival(model, config.survival, config.seed, 1)
+    if config.survival.rule != "constant":
+        _require_blocks(model, "give --survival.rule constant")
+        config.survival.schedule.require_effect(config.epochs * batches.steps_per_epoch)
     if not model.takes(height, width):
         size = next(size for size in count(max(height, width)) if model.takes(size, size))
         raise ConfigError(

@@ -12,6 +12,7 @@ from stochastic_depth.data import Batches, Shard
 from stochastic_depth.distributed.world import on_primary, rank, world_size
 from stochastic_depth.errors import CheckpointError, ConfigError, DataError
 from stochastic_depth.files import is_there
+from stochastic_depth.plain_text import command
 from stochastic_depth.train.build import build_network, require_trainable
 from stochastic_depth.train.checkpoint import as_checkpoint_error
 from stochastic_depth.train.config import Config
@@ -65,7 +66,7 @@ def reopen(
         except ConfigError as error:
             raise ConfigError(
                 f"{error}. {path} began on {began.device}: add --device cpu to compute elsewhere, "
-                f"or resume it by stochastic-depth train --resume {path} --device cpu"
+                f"or resume it by {command('train', '--resume', path, '--device', 'cpu')}"
             ) from error
     several = (
         world_size() > 1 and began.engine == "program"
@@ -152,7 +153,7 @@ def _newest_and_chosen(run: Run, last_step: int, which: CheckpointName) -> tuple
     if not evaluated:
         raise CheckpointError(
             f"{run.path} has no evaluated checkpoint yet: resume it by "
-            f"stochastic-depth train --resume {run.path}"
+            f"{command('train', '--resume', run.path)}"
         )
     return newest, best_record(evaluated).step if which == "best" else newest
 

@@ -27,6 +27,7 @@ from stochastic_depth.files import (
     whole_folder,
     write_new,
 )
+from stochastic_depth.plain_text import command
 from stochastic_depth.train import layout
 from stochastic_depth.train.checkpoint import Checkpoints
 from stochastic_depth.train.config import Config
@@ -252,7 +253,8 @@ def refuse_existing(path: Path) -> None:
         return
     if is_there(path / layout.CONFIG):
         raise RunError(
-            f"{path} exists already: resume it by --resume {path}, or choose another --run"
+            f"{path} exists already: choose another --run, or resume it by "
+            f"{command('train', '--resume', path)}"
         )
     raise RunError(f"{path} exists already, and is not a run: choose another --run")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from stochastic_depth.errors import RunError
 from stochastic_depth.extras import require
 from stochastic_depth.files import is_there, reading, require_file, write_whole
-from stochastic_depth.plain_text import escaped
+from stochastic_depth.plain_text import command, escaped
 
 
 @contextmanager
@@ -111,6 +111,6 @@ def _require_run(path: Path, about: Mapping[str, str], run_id: str) -> None:
     owner = about.get("run", "none")
     if owner != run_id:
         raise RunError(
-            f"{path} belongs to another run ({escaped(owner)[:40]}, not {run_id}): remove it, and "
-            f"resume by stochastic-depth train --resume {path.parent}, which writes it again"
+            f"{path} belongs to another run ({escaped(owner)[:40]}, not {run_id}): remove it; "
+            f"it is written again by {command('train', '--resume', path.parent)}"
         )
