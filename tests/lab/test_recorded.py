@@ -127,6 +127,6 @@ def test_an_analysis_of_another_run_is_refused(compared, tmp_path):
 def test_an_analysis_of_another_format_is_refused(compared, tmp_path, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(compared / "stochastic-seed0", run)
-    monkeypatch.setattr("stochastic_depth.lab.sources.FORMAT", 7)
+    monkeypatch.setattr("stochastic_depth.lab.analyses.FORMAT", 7)
     with pytest.raises(RunError, match=r"ensemble.json has format 1, this version reads 7"):
         read_run(run).analysis("ensemble")

@@ -33,8 +33,8 @@ def test_a_sweep_is_read_as_it_was_begun(sweep):
     assert read_sweep(sweep.folder) == replace(sweep, config=SMALL.without_io())
 
 
-def test_what_does_not_change_results_may_be_another(sweep, tmp_path):
-    config = replace(SMALL, keep=1, data=replace(SMALL.data, workers=0, root=tmp_path))
+def test_what_does_not_change_results_may_be_another(sweep):
+    config = replace(SMALL, keep=1, data=replace(SMALL.data, workers=0))
     assert open_sweep(sweep.folder, "survival", GRID, config).folder == sweep.folder
 
 
