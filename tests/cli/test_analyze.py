@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from stochastic_depth.cli import main
+from stochastic_depth.errors import RunError
 from support.runs import edit_description
 
 SMALL = ["--model.depth", "8", "--epochs", "2", "--quiet"]
@@ -152,6 +153,33 @@ def test_pruning_of_one_run_tells_parameters_and_time(runs, capsys):
     assert "choosing" not in shown(capsys, "pruning", run, *QUICK)
     assert "choosing" in shown(capsys, "pruning", run, *QUICK, "--again")
     assert "choosing" in shown(capsys, "pruning", run, *QUICK, "--batch", 7)
+
+
+@pytest.mark.parametrize("question", [["ensemble", "--subnetworks", 2], ["pruning", *QUICK]])
+def test_a_result_that_cannot_be_kept_is_shown_and_that_is_said_first(
+    question, runs, capsys, tmp_path
+):
+    name, *options = question
+    unmeasured = shutil.ignore_patterns("analysis")
+    shutil.copytree(runs / "stochastic-seed0", tmp_path / "run", ignore=unmeasured)
+    (tmp_path / "run" / "analysis").write_text("no folder")
+    out = shown(capsys, name, "run", *options)
+    note = "the result is shown, and not kept, because run/analysis cannot be made"
+    assert out.startswith(note)
+    assert "┏" in out
+    assert (tmp_path / "run" / "analysis").read_text() == "no folder"
+
+
+def test_a_result_that_does_not_fit_on_the_disk_is_shown(runs, capsys, tmp_path, monkeypatch):
+    shutil.copytree(runs / "stochastic-seed0", tmp_path / "run")
+
+    def full(*args, **options):
+        raise RunError("run/analysis/ensemble.json could not be written: No space left on device")
+
+    monkeypatch.setattr("stochastic_depth.lab.analyses.write_whole", full)
+    out = shown(capsys, "ensemble", "run", "--subnetworks", 2, "--again")
+    assert "the result is shown, and not kept, because run/analysis/ensemble.json could not" in out
+    assert "one sampled network" in out
 
 
 def test_pruning_of_two_kinds_is_side_by_side(runs, capsys):

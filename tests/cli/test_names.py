@@ -89,3 +89,21 @@ def test_a_name_that_is_no_text_is_told(tmp_path):
     )
     assert done.returncode == 1
     assert done.stderr.startswith(rb"error: \udcff\x1b[31m is not a run folder")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("kinds", [1, 5, 14])
+def test_no_number_in_a_table_is_shortened(kinds, terminal):
+    """However narrow the console is; with fewer columns a table keeps within it."""
+    table = Table(title="errors", caption="of 3 runs")
+    numbers = [f"{n + 1}0.12345678 ± {n + 1}.5" for n in range(kinds)]
+    for n in range(kinds):
+        table.add_column(f"linear decay to 0.{n}", justify="right", no_wrap=n == 3)
+    table.add_row(*numbers)
+    console = PlainConsole(file=io.StringIO(), width=80, force_terminal=terminal, color_system=None)
+    console.print(table)
+    shown = console.file.getvalue()
+    assert "…" not in shown
+    for number in numbers:
+        assert number.split()[0] in shown
+    assert (max(map(len, shown.splitlines())) <= 80) == (kinds < 6)

@@ -205,6 +205,7 @@ def test_where_the_best_checkpoint_is_damaged_the_last_one_is_a_remedy(run, caps
 
 
 def test_a_run_that_has_measured_nothing_is_named(run, capsys):
+    (run / "model.safetensors").unlink()
     (run / "metrics.jsonl").write_bytes(b"")
     assert main(["report", str(run)]) == 0
     assert f"No record in the journal yet: {run}.\n" in capsys.readouterr().out

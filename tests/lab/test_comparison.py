@@ -1,10 +1,12 @@
 import json
+import shutil
 import statistics
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from stochastic_depth.errors import RunError
 from stochastic_depth.lab.comparison import (
     compare_runs,
     train_pairs,
@@ -13,7 +15,8 @@ from stochastic_depth.lab.comparison import (
 )
 from stochastic_depth.lab.outcomes import Spread
 from stochastic_depth.recipes import RECIPES
-from stochastic_depth.train import ModelConfig
+from stochastic_depth.train import DataConfig, ModelConfig, OptimizerConfig, open_run
+from support.data_sets import write_pictures
 from support.runs import trained_by, unseen
 
 SMALL = replace(RECIPES["digits"](), model=ModelConfig(depth=14), epochs=2)
@@ -66,3 +69,34 @@ def test_figures_are_those_of_the_journals(runs, tmp_path):
     saving = 1 - medians["stochastic"] / medians["constant"]
     assert found["saving_measured"] == pytest.approx(saving)
     assert 0.15 < found["saving_expected"] < 0.3
+
+
+def test_another_seed_on_other_pictures_is_refused_before_it_is_trained(tmp_path):
+    data = DataConfig("folder", tmp_path / "mine", size=16, workers=0)
+    model, optimizer = ModelConfig(depth=8), OptimizerConfig(batch=8)
+    config = replace(SMALL, data=data, model=model, optimizer=optimizer, epochs=1)
+    for part, seed in (("of cats", 0), ("of birds", 1)):
+        write_pictures(tmp_path / "mine", seed)
+        train_pairs(config, [seed], tmp_path / part, unseen(), lambda: None)
+    began, now = (
+        open_run(tmp_path / part / f"constant-seed{seed}").fingerprint[:12]
+        for part, seed in (("of cats", 0), ("of birds", 1))
+    )
+    with pytest.raises(RunError, match=f"fingerprint {began}, this data has {now}: give the data"):
+        train_pairs(config, [0, 1], tmp_path / "of cats", unseen(), lambda: None)
+    assert not (tmp_path / "of cats" / "constant-seed1").exists()
+    for kind in ("constant", "stochastic"):
+        shutil.copytree(
+            tmp_path / "of birds" / f"{kind}-seed1", tmp_path / "of cats" / f"{kind}-seed1"
+        )
+    with pytest.raises(RunError, match=f"seed1 began on data with fingerprint {now}, .*{began}"):
+        train_pairs(config, [0, 1, 2], tmp_path / "of cats", unseen(), lambda: None)
+    assert not (tmp_path / "of cats" / "constant-seed2").exists()
+
+
+def test_a_seed_whose_journal_is_empty_is_not_left_out(runs, tmp_path):
+    folder = runs["constant"][0].path.parent
+    shutil.copytree(folder, tmp_path / "pairs")
+    (tmp_path / "pairs" / "stochastic-seed4" / "metrics.jsonl").write_bytes(b"")
+    with pytest.raises(RunError, match=r"stochastic-seed4 is finished, and .* lines are missing"):
+        train_pairs(SMALL, [3, 4], tmp_path / "pairs", unseen(), lambda: None)

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import altair as alt
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stochastic_depth.lab.active_blocks_chart import active_blocks_figure, drop_rates_figure
 from stochastic_depth.lab.bench.depth_chart import depth_cost
-from stochastic_depth.lab.charts import Figure, _ticks
+from stochastic_depth.lab.charts import Figure, _ticks, log_axis
 from stochastic_depth.lab.drawing import file_svg
 from stochastic_depth.lab.ensemble_chart import ensemble_figure
 from stochastic_depth.lab.gradients_chart import block_gradients
@@ -274,6 +274,23 @@ def test_a_logarithmic_axis_has_round_numbers_within_its_ends(low, factor):
     assert 2 <= len(ticks) <= 8
     assert all(low <= tick <= low * factor for tick in ticks)
     assert ticks == sorted(ticks)
+
+
+POSITIVE = st.floats(0, exclude_min=True, allow_infinity=False)
+
+
+@given(st.lists(POSITIVE, min_size=1, max_size=3))
+@example([1.35e-3])
+@example([10.45])
+@example([2.25])
+@example([13.5, 13.6])
+@example([9.5])
+def test_every_positive_number_is_on_a_logarithmic_axis_with_a_mark(values):
+    axis = log_axis(values, "").to_dict()
+    low, high = axis["scale"]["domain"]
+    assert low <= min(values) <= max(values) <= high
+    assert 1 <= len(axis["axis"]["values"]) <= 8
+    assert all(low <= tick <= high for tick in axis["axis"]["values"])
 
 
 def test_figures_below_each_other_have_the_marks_of_both(experiment):

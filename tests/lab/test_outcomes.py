@@ -116,3 +116,27 @@ def test_a_kind_whose_runs_all_failed_does_not_hold_up_the_others(experiment, tm
     assert now.progress == ""
     alone = replace(experiment, series=(other,))
     assert [one.records for one in alone.comparable().runs] == [run.records[:1]]
+
+
+def test_the_headline_is_of_the_paper_or_of_what_differs_in_fewest_settings(experiment):
+    (constant, paper) = experiment.series
+    forward_only, decreasing, distant, everything = (
+        replace(paper, survival=replace(paper.survival, **changes))
+        for changes in (
+            {"closed": "forward-only"},
+            {"schedule": ScheduleConfig(kind="decreasing")},
+            {"rule": "uniform", "final": 0.9},
+            {"rule": "uniform", "final": 0.9, "balance": True, "skipped": "freeze"},
+        )
+    )
+
+    def headline(*series):
+        return replace(experiment, series=series).main
+
+    others = (everything, distant, decreasing, forward_only)
+    for order in (others, others[::-1]):
+        assert headline(constant, *order, paper) is paper
+        assert headline(constant, paper, *order) is paper
+    assert headline(constant, everything, distant) is distant
+    assert headline(constant, everything, distant, forward_only) is forward_only
+    assert headline(constant) is constant

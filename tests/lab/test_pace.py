@@ -12,7 +12,7 @@ from rich.console import Console
 from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.cli.train import _fit_epochs
 from stochastic_depth.lab import comparison
-from stochastic_depth.lab.comparison import compare_runs, first_run, train_pairs
+from stochastic_depth.lab.comparison import compare_runs, runs_in, train_pairs
 from stochastic_depth.lab.pace import FEWEST_EPOCHS, Pace, measure_pace
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import ModelConfig
@@ -58,10 +58,10 @@ def test_measuring_takes_steps_with_one_thread_and_with_all_and_leaves_the_bette
 
 
 def test_no_seed_is_begun_that_would_end_too_late_and_a_later_call_goes_on(tmp_path):
-    assert first_run(tmp_path, [0, 1]) is None
+    assert runs_in(tmp_path, [0, 1]) == []
     first = train_pairs(SMALL, [0, 1], tmp_path, unseen(), lambda: None, time.monotonic())
     assert [run.config.seed for run in first["constant"]] == [0]
-    assert first_run(tmp_path, [0, 1]).id == first["constant"][0].id
+    assert runs_in(tmp_path, [0, 1])[0].id == first["constant"][0].id
     later = time.monotonic() + 1e6
     second = train_pairs(SMALL, [0, 1], tmp_path, unseen(), lambda: None, later)
     assert [run.config.seed for run in second["stochastic"]] == [0, 1]

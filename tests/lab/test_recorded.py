@@ -6,6 +6,8 @@ import pytest
 
 from stochastic_depth.errors import RunError
 from stochastic_depth.lab.recorded import read_run, read_sources
+from stochastic_depth.lab.sweep.folder import read_sweep
+from stochastic_depth.lab.sweep.progress import sweep_table
 
 
 def test_runs_folders_of_them_sweeps_and_benchmarks_are_told_apart(
@@ -51,6 +53,33 @@ def test_a_run_that_is_being_written_is_read_as_far_as_it_is(compared, tmp_path)
     sources = read_sources([run])
     assert len(sources.runs[0].records) == 1
     assert sources.under_way
+
+
+@pytest.mark.parametrize("lines", [0, 1, 1.5])
+def test_a_finished_run_whose_journal_was_cut_is_refused(compared, tmp_path, lines):
+    """Its numbers would be those of an earlier epoch."""
+    shutil.copytree(compared / "constant-seed0", tmp_path / "run")
+    journal = tmp_path / "run" / "metrics.jsonl"
+    first, second = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes((first * (lines >= 1)) + second[:99] * (lines == 1.5))
+    shown = f"run is finished, and .*metrics.jsonl ends at epoch {int(lines)} of 2: lines are miss"
+    with pytest.raises(RunError, match=shown):
+        read_sources([tmp_path / "run"])
+    (tmp_path / "run" / "model.safetensors").unlink()
+    (run,) = read_sources([tmp_path / "run"]).runs
+    assert (run.finished, len(run.records)) == (False, int(lines))
+
+
+def test_a_finished_point_whose_journal_is_empty_is_named(survival_sweep, tmp_path):
+    shutil.copytree(survival_sweep, tmp_path / "sweep")
+    run = tmp_path / "sweep" / "runs" / "uniform-0.5-depth14-seed0"
+    (run / "metrics.jsonl").write_bytes(b"")
+    for read in (
+        lambda: read_sources([tmp_path / "sweep"]),
+        lambda: sweep_table(read_sweep(run.parents[1])),
+    ):
+        with pytest.raises(RunError, match=f"{run} is finished, and .* ends at epoch 0 of 1"):
+            read()
 
 
 def test_a_run_with_the_weights_of_another_one_is_refused(compared, tmp_path):
@@ -127,6 +156,6 @@ def test_an_analysis_of_another_run_is_refused(compared, tmp_path):
 def test_an_analysis_of_another_format_is_refused(compared, tmp_path, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(compared / "stochastic-seed0", run)
-    monkeypatch.setattr("stochastic_depth.lab.sources.FORMAT", 7)
+    monkeypatch.setattr("stochastic_depth.lab.analyses.FORMAT", 7)
     with pytest.raises(RunError, match=r"ensemble.json has format 1, this version reads 7"):
         read_run(run).analysis("ensemble")

@@ -15,7 +15,7 @@ from torch._inductor.exc import CppCompileError
 
 from stochastic_depth.block_program import library
 from stochastic_depth.cli import main
-from stochastic_depth.errors import Interrupted, StochasticDepthError
+from stochastic_depth.errors import Interrupted, RunError, StochasticDepthError
 from stochastic_depth.train import Config, begin, fit, open_run, reopen, trained_model
 from stochastic_depth.train.signals import StopSignals
 from stochastic_depth.train.train_state import TrainState
@@ -325,6 +325,9 @@ def _(runs):
     max((runs.path / "checkpoints").iterdir()).unlink()
     runs.resume()
     runs.ends_as_if_nothing_had_happened()
+    journal.write_bytes(whole.splitlines(keepends=True)[0])
+    with pytest.raises(RunError, match=r"is finished, and .* ends at epoch .* lines are missing"):
+        trained_model(*reopen(runs.path))
     runs.restore()
     journal.write_bytes(b"")
     assert "lines are missing" in runs.refused()

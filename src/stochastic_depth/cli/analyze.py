@@ -11,12 +11,12 @@ from stochastic_depth.choices import CheckpointName
 from stochastic_depth.cli.arguments import Flag, choose, parse, require_run
 from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.lab.options import PruningOptions
+from stochastic_depth.plain_text import command
 from stochastic_depth.train.checks import at_least
 
 if TYPE_CHECKING:
     from stochastic_depth.cli.console import PlainConsole
     from stochastic_depth.export.depths import Progress
-    from stochastic_depth.lab.analyses import AnalysisName
     from stochastic_depth.lab.outcomes import Experiment
     from stochastic_depth.lab.recorded import TrainedNetwork
 
@@ -51,7 +51,7 @@ class Question:
                 path = run.run.path
                 raise RunError(
                     f"{path} has measured nothing yet, its journal is empty: resume it by "
-                    f"stochastic-depth train --resume {path}"
+                    + command("train", "--resume", path)
                 )
         kept = distinct(runs)
         for run in runs:
@@ -96,18 +96,14 @@ class NetworkQuestion(Question):
     def measured(
         self,
         experiments: list["Experiment"],
-        name: "AnalysisName",
         measure: "Callable[[TrainedNetwork, Progress], Any]",
         console: "PlainConsole",
     ) -> dict[str, Any]:
-        """The result of `measure` for each network, by the id of its run; says where it is."""
-        from stochastic_depth.lab.analyses import analysis_path
-
+        """The result of `measure` for each network, by the id of its run."""
         found: dict[str, Any] = {}
         for network in self.networks(experiments):
             with console.progress(network.run.path.name) as progress:
                 found[network.run.id] = measure(network, progress)
-            console.say(str(analysis_path(network.run, name)))
         return found
 
 
@@ -176,13 +172,13 @@ class Ensemble(NetworkQuestion):
 
         def measure(network: "TrainedNetwork", progress: "Progress") -> Any:
             return question.load_or_measure_ensemble(
-                network, self.subnetworks, self.seed, progress, self.again
+                network, self.subnetworks, self.seed, progress, self.again, console.say
             )
 
         asked = self.experiments()
         for recorded in (run for experiment in asked for run in experiment.runs):
             question.refuse_constant(recorded.run)
-        found = self.measured(asked, "ensemble", measure, console)
+        found = self.measured(asked, measure, console)
         for experiment in _titled(asked, console):
             for series in experiment.series:
                 of_runs = [found[run.run.id] for run in series.runs]
@@ -208,10 +204,12 @@ class Pruning(NetworkQuestion):
         from stochastic_depth.lab import pruning as question
 
         def measure(network: "TrainedNetwork", progress: "Progress") -> Any:
-            return question.load_or_measure_curves(network, self.settings, progress, self.again)
+            return question.load_or_measure_curves(
+                network, self.settings, progress, self.again, console.say
+            )
 
         asked = self.experiments()
-        found = self.measured(asked, "pruning", measure, console)
+        found = self.measured(asked, measure, console)
         for experiment in _titled(asked, console):
             curves = {s.name: [found[run.run.id] for run in s.runs] for s in experiment.series}
             for order in question.ORDERS:

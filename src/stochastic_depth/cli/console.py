@@ -7,6 +7,7 @@ from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.measure import Measurement
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -33,10 +34,25 @@ class PlainConsole(Console):
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
+        if isinstance(renderable, Table) and renderable.box:
+            self._widen(renderable)
         if isinstance(renderable, Table) and (renderable.title or renderable.caption):
             renderable = self._with_free_texts(renderable)
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else escaped(text), style, control)
+
+    def _widen(self, table: Table) -> None:
+        """Let no column be narrower than its longest word: rich would shorten numbers."""
+        everything = self.options.update(width=10**6)
+        for column in table.columns:
+            cells = (column.header, *column.cells)
+            widths = [Measurement.get(self, everything, cell) for cell in cells]
+            least = [width.maximum if column.no_wrap else width.minimum for width in widths]
+            column.min_width = max(least, default=0)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        # A table that is wider than the console is broken there by the terminal, and not cut.
+        super().print(*objects, **{"crop": False, **options})
 
     def _with_free_texts(self, table: Table) -> Group:
         """A table whose title and caption rich does not break at the width of the table."""

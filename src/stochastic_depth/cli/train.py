@@ -271,11 +271,11 @@ def _fit_epochs(
 
     Only where none has begun, training steps are timed, which chooses the number of threads too.
     """
-    from stochastic_depth.lab.comparison import first_run
+    from stochastic_depth.lab.comparison import runs_in
     from stochastic_depth.lab.pace import measure_pace
 
-    if begun := first_run(folder, seeds):
-        epochs = begun.config.epochs
+    if begun := runs_in(folder, seeds):
+        epochs = begun[0].config.epochs
     else:
         console.print("measuring how long a training step takes here")
         pace = measure_pace(config)

@@ -1,11 +1,20 @@
 """The results of analyses, written into the folder of their run."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from stochastic_depth.errors import RunError
-from stochastic_depth.files import LARGE, make_folder, read_file, reason, write_whole
+from stochastic_depth.files import (
+    LARGE,
+    make_folder,
+    read_file,
+    reason,
+    require_replaceable,
+    write_whole,
+)
+from stochastic_depth.plain_text import command
 from stochastic_depth.train import Run, layout
 from stochastic_depth.train.run_folder import checksum
 
@@ -29,11 +38,15 @@ def write_analysis(run: Run, name: AnalysisName, found: dict[str, Any]) -> None:
     path = analysis_path(run, name)
     content = {"format": FORMAT, "run": run.id, **found}
     content["sha256"] = checksum(content)
+    _make_folder(path)
+    write_whole(path, json.dumps(content, indent=1).encode() + b"\n", inside=run.path)
+
+
+def _make_folder(path: Path) -> None:
     try:
         make_folder(path.parent)
     except OSError as error:
         raise RunError(f"{path.parent} cannot be made: {reason(error)}") from error
-    write_whole(path, json.dumps(content, indent=1).encode() + b"\n", inside=run.path)
 
 
 def read_analysis(run: Run, name: AnalysisName) -> dict[str, Any]:
@@ -44,7 +57,7 @@ def read_analysis(run: Run, name: AnalysisName) -> dict[str, Any]:
             an unknown format.
     """
     path = analysis_path(run, name)
-    remedy = f"remove it, and measure again by stochastic-depth analyze {name} {run.path}"
+    remedy = f"remove it, and measure again by {command('analyze', name, run.path)}"
     try:
         content = read_json(path, inside=run.path)
     except RunError as error:
@@ -61,6 +74,45 @@ def read_analysis(run: Run, name: AnalysisName) -> dict[str, Any]:
             "version that wrote it"
         )
     return content
+
+
+def load_or_measure(
+    run: Run,
+    name: AnalysisName,
+    settings: dict[str, Any],
+    measure: Callable[[], dict[str, Any]],
+    again: bool,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """The result of `measure`, read from the run's folder if it is there with the same `settings`.
+
+    A new result is written there. Where that is not possible, it is returned all the same.
+
+    Args:
+        again: whether to measure again what was measured before.
+        say: called with the path of the result, or with the reason why it cannot be kept: before it
+            is measured, if it is known by then.
+    """
+    path = analysis_path(run, name)
+    if not again and (before := same_analysis(run, name, settings)) is not None:
+        say(str(path))
+        return before
+    not_kept = "the result is shown, and not kept, because"
+    writable = True
+    try:
+        _make_folder(path)
+        require_replaceable(path)
+    except RunError as error:
+        writable = False
+        say(f"{not_kept} {error}")
+    found = {**settings, **measure()}
+    if writable:
+        try:
+            write_analysis(run, name, found)
+            say(str(path))
+        except RunError as error:
+            say(f"{not_kept} {error}")
+    return found
 
 
 def same_analysis(run: Run, name: AnalysisName, settings: dict[str, Any]) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,8 +107,9 @@ def dashes(shown: Sequence[Key], column: str = "s", legend: bool = False) -> alt
 def log_axis(values: Sequence[float | None], title: str) -> alt.Y:
     """The column `y` on a logarithmic axis, with a little room above and below `values`."""
     seen = [value for value in values if value is not None and value > 0] or [0.1, 1]
-    room = max(max(seen) / min(seen), 1.5) ** 0.05
-    low, high = min(seen) / room, max(seen) * room
+    decades = max(math.log10(max(seen)) - math.log10(min(seen)), math.log10(1.5))
+    room = 10 ** (0.05 * decades)
+    low, high = max(min(seen) / room, math.ulp(0.0)), min(max(seen) * room, sys.float_info.max)
     axis = alt.Axis(values=_ticks(low, high), format="~g")
     scale = alt.Scale(type="log", domain=[low, high], nice=False)
     return alt.Y("y:Q", title=title, axis=axis, scale=scale)
@@ -116,11 +118,13 @@ def log_axis(values: Sequence[float | None], title: str) -> alt.Y:
 def _ticks(low: float, high: float) -> list[float]:
     """Round numbers between `low` and `high`, as many as are readable."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    tenths, hundredths = ([n / k for n in range(k, 10 * k)] for k in (10, 100))
+    coarse = [(mantissas, 4) for mantissas in ((1,), (1, 3), (1, 2, 5), range(1, 10))]
     inside: list[float] = []
-    for mantissas in ((1,), (1, 3), (1, 2, 5), range(1, 10), [n / 10 for n in range(10, 100)]):
+    for mantissas, enough in [*coarse, (tenths, 1), (hundredths, 1)]:
         ticks = [float(f"{m}e{decade}") for decade in decades for m in mantissas]
         inside = [tick for tick in ticks if low <= tick <= high]
-        if len(inside) >= 4:
+        if len(inside) >= enough:
             break
     return inside[:: math.ceil(len(inside) / 8)]
 

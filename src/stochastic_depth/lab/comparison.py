@@ -22,7 +22,7 @@ from stochastic_depth.train import Config, Run, begin, fit, open_run, reopen
 from stochastic_depth.train.display import Display
 from stochastic_depth.train.engine_choice import on_one_engine
 from stochastic_depth.train.journal import Record
-from stochastic_depth.train.run_folder import remove_untrained_on_error
+from stochastic_depth.train.run_folder import common_fingerprint, remove_untrained_on_error
 
 KINDS = ("constant", "stochastic")
 
@@ -51,11 +51,14 @@ def train_pairs(
             later seed are not returned.
 
     Raises:
-        RunError: when `folder` contains runs of another configuration.
+        RunError: when `folder` contains runs of another configuration or on other data, or a
+            finished one that has lost a part of its journal.
     """
     runs: dict[str, list[Run]] = {kind: [] for kind in KINDS}
-    if begun := first_run(folder, seeds):
-        torch.set_num_threads(begun.runtime.threads)  # sums are rounded as before
+    begun = runs_in(folder, seeds)
+    fingerprint = common_fingerprint(begun)
+    if begun:
+        torch.set_num_threads(begun[0].runtime.threads)  # sums are rounded as before
     longest = 0.0
     for seed in seeds:
         began = time.monotonic()
@@ -65,7 +68,9 @@ def train_pairs(
         with remove_untrained_on_error(pair):
             for kind, chosen in zip(KINDS, twins(config), strict=True):
                 path = folder / f"{kind}-seed{seed}"
-                run, records = _start(replace(chosen, seed=seed), path, display, stop)
+                chosen = replace(chosen, seed=seed)
+                run, records = _start(chosen, path, fingerprint, display, stop)
+                fingerprint = run.fingerprint
                 pair.append(run)
                 turns.append(records)
             finished = _take_turns(turns, config.epochs, end)
@@ -78,10 +83,10 @@ def train_pairs(
     return runs
 
 
-def first_run(folder: Path, seeds: Sequence[int]) -> Run | None:
-    """The first run of a comparison that has begun in `folder`; None if none has."""
+def runs_in(folder: Path, seeds: Sequence[int]) -> list[Run]:
+    """The runs of a comparison that have begun in `folder`."""
     paths = (folder / f"{kind}-seed{seed}" for seed in seeds for kind in KINDS)
-    return next((open_run(path) for path in paths if is_there(path)), None)
+    return [open_run(path) for path in paths if is_there(path)]
 
 
 def _take_turns(turns: Sequence[Generator[Record]], epochs: int, end: float) -> bool:
@@ -98,16 +103,20 @@ def _take_turns(turns: Sequence[Generator[Record]], epochs: int, end: float) -> 
 
 
 def _start(
-    config: Config, path: Path, display: Display, stop: Callable[[], int | None]
+    config: Config,
+    path: Path,
+    fingerprint: str | None,
+    display: Display,
+    stop: Callable[[], int | None],
 ) -> tuple[Run, Generator[Record]]:
     batches = None
     if not is_there(path):
-        run, batches = begin(config, path)
+        run, batches = begin(config, path, fingerprint)
     else:
         run = open_run(path)
         if run.config.without_io() != config.without_io():
             raise RunError(f"{path} has another configuration: choose another --out")
-        if not is_there(run.weights):
+        if not run.is_finished():
             run, batches = reopen(path, config.data.root)
 
     def records() -> Generator[Record]:

@@ -1,9 +1,9 @@
 """The implicit ensemble: is the network scaled by p_l as good as the mean of its subnetworks?"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.export.depths import Progress
-from stochastic_depth.lab.analyses import same_analysis, write_analysis
+from stochastic_depth.lab.analyses import load_or_measure
 from stochastic_depth.lab.formatting import plus_minus
 from stochastic_depth.lab.outcomes import Spread
 from stochastic_depth.lab.recorded import TrainedNetwork
@@ -95,12 +95,17 @@ class Predictor:
 
 
 def load_or_measure_ensemble(
-    network: TrainedNetwork, subnetworks: int, seed: int, progress: Progress, again: bool = False
+    network: TrainedNetwork,
+    subnetworks: int,
+    seed: int,
+    progress: Progress,
+    again: bool = False,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Predictor]:
     """The result of `measure_ensemble`, read from `analysis/ensemble.json` or written there.
 
     Args:
-        again: whether to measure again what was measured before.
+        again, say: as for `load_or_measure`.
     """
     settings = {
         "checkpoint_step": network.step,
@@ -109,13 +114,12 @@ def load_or_measure_ensemble(
         "subnetworks": subnetworks,
     }
 
-    before = None if again else same_analysis(network.run, "ensemble", settings)
-    if before is not None:
-        return [Predictor(**predictor) for predictor in before["predictors"]]
-    predictors = measure_ensemble(network, subnetworks, seed, progress)
-    rows = [asdict(predictor) for predictor in predictors]
-    write_analysis(network.run, "ensemble", {**settings, "predictors": rows})
-    return predictors
+    def measure() -> dict[str, Any]:
+        predictors = measure_ensemble(network, subnetworks, seed, progress)
+        return {"predictors": [asdict(predictor) for predictor in predictors]}
+
+    found = load_or_measure(network.run, "ensemble", settings, measure, again, say)
+    return [Predictor(**predictor) for predictor in found["predictors"]]
 
 
 @torch.inference_mode()

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.table import Table
@@ -19,7 +19,7 @@ from stochastic_depth.export.depths import (
     without_blocks,
 )
 from stochastic_depth.export.fold import fold
-from stochastic_depth.lab.analyses import same_analysis, write_analysis
+from stochastic_depth.lab.analyses import load_or_measure
 from stochastic_depth.lab.formatting import plus_minus, runs_text
 from stochastic_depth.lab.options import PruningOptions
 from stochastic_depth.lab.outcomes import Spread
@@ -57,12 +57,16 @@ class Curve:
 
 
 def load_or_measure_curves(
-    network: TrainedNetwork, settings: PruningOptions, progress: Progress, again: bool = False
+    network: TrainedNetwork,
+    settings: PruningOptions,
+    progress: Progress,
+    again: bool = False,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Curve]:
     """The result of `measure_curves`, read from the run's `analysis/pruning.json` or written there.
 
     Args:
-        again: whether to measure again what was measured before.
+        again, say: as for `load_or_measure`.
     """
     what = {
         "checkpoint_step": network.step,
@@ -72,15 +76,15 @@ def load_or_measure_curves(
         "machine": machine(network.run.runtime),
     }
 
-    before = None if again else same_analysis(network.run, "pruning", what)
-    if before is not None:
-        return [
-            Curve(**{**curve, "points": [CurvePoint(**point) for point in curve["points"]]})
-            for curve in before["curves"]
-        ]
-    curves = measure_curves(network, settings, progress)
-    write_analysis(network.run, "pruning", {**what, "curves": [asdict(curve) for curve in curves]})
-    return curves
+    def measure() -> dict[str, Any]:
+        curves = measure_curves(network, settings, progress)
+        return {"curves": [asdict(curve) for curve in curves]}
+
+    found = load_or_measure(network.run, "pruning", what, measure, again, say)
+    return [
+        Curve(**{**curve, "points": [CurvePoint(**point) for point in curve["points"]]})
+        for curve in found["curves"]
+    ]
 
 
 def measure_curves(

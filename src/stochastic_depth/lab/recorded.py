@@ -80,7 +80,7 @@ class RecordedSweep:
 
     def finished(self) -> list[RecordedRun]:
         """The runs that figures show."""
-        return [run for run in self.runs if run.finished and run.records]
+        return [run for run in self.runs if run.finished]
 
     @property
     def under_way(self) -> bool:
@@ -143,11 +143,12 @@ def read_run(path: Path) -> RecordedRun:
     """The content of a run folder at this moment.
 
     Raises:
-        RunError: when it is not a run folder, or has the weights of another run.
+        RunError: when it is not a run folder, has the weights of another run, or is finished and
+            has lost a part of its journal.
     """
     run = open_run(path)
     require_weights_of(run.id, run.weights)
-    finished = is_there(run.weights)  # looked up before the journal, which may still grow
+    finished = run.is_finished()  # looked up before the records, which may still grow
     return RecordedRun(run, tuple(run.records()), finished)
 
 
@@ -209,7 +210,9 @@ def load_trained(
 
 
 def _sweep(path: Path) -> RecordedSweep:
-    return RecordedSweep(read_sweep(path), tuple(map(read_run, _runs_of(path))))
+    sweep, runs = read_sweep(path), tuple(map(read_run, _runs_of(path)))
+    sweep.require_data(recorded.run for recorded in runs)
+    return RecordedSweep(sweep, runs)
 
 
 def _benchmark(path: Path) -> dict[str, Any]:

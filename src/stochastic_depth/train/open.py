@@ -10,8 +10,7 @@ from stochastic_depth import data
 from stochastic_depth.choices import CheckpointName
 from stochastic_depth.data import Batches, Shard
 from stochastic_depth.distributed.world import on_primary, rank, world_size
-from stochastic_depth.errors import CheckpointError, ConfigError, DataError
-from stochastic_depth.files import is_there
+from stochastic_depth.errors import CheckpointError, ConfigError, DataError, RunError
 from stochastic_depth.plain_text import command
 from stochastic_depth.train.build import build_network, require_trainable
 from stochastic_depth.train.checkpoint import as_checkpoint_error
@@ -22,8 +21,12 @@ from stochastic_depth.train.runtime import Runtime, resolve_runtime, usable_devi
 from stochastic_depth.train.weights import read_weights, require_weights_of
 
 
-def begin(config: Config, path: Path) -> tuple[Run, Batches]:
+def begin(config: Config, path: Path, fingerprint: str | None = None) -> tuple[Run, Batches]:
     """Read the data, then create the run folder; if the data is missing, no folder is created.
+
+    Args:
+        fingerprint: that of the data of the runs with which this one will be compared; any data is
+            accepted when not given.
 
     Raises:
         ConfigError, DataError, RunError: when the configuration, the data or the folder cannot be
@@ -32,6 +35,11 @@ def begin(config: Config, path: Path) -> tuple[Run, Batches]:
     on_primary(lambda: refuse_existing(path))
     runtime = resolve_runtime(config)
     batches = open_batches(config, runtime)
+    if fingerprint not in (None, batches.fingerprint):
+        raise RunError(
+            f"{path} belongs to runs on data with fingerprint {fingerprint[:12]}, this data has "
+            f"{batches.fingerprint[:12]}: give the data they began on, or choose another --out"
+        )
     require_trainable(config, batches)
     trained_on = batches.fingerprint, batches.classes, batches.shape
     return on_primary(lambda: create_run(path, config, runtime, *trained_on)), batches
@@ -116,10 +124,11 @@ def trained_model(
 
     Raises:
         CheckpointError: when there is no checkpoint, or it cannot be trusted.
-        RunError: when the weights in the folder belong to another run, or are needed and damaged.
+        RunError: when the weights in the folder belong to another run, or are needed and damaged;
+            and as `Run.is_finished`.
     """
     require_weights_of(run.id, run.weights)
-    newest, step = _newest_and_chosen(run, run.config.epochs * batches.steps_per_epoch, which)
+    newest, step = _newest_and_chosen(run, which)
     state = None  # the final weights are needed only where the last checkpoint is missing
     if step != newest or step in run.checkpoints.steps():
         state = _load_state(run, step, is_newest=step == newest)
@@ -135,15 +144,15 @@ def trained_model(
     return model.eval(), step
 
 
-def _newest_and_chosen(run: Run, last_step: int, which: CheckpointName) -> tuple[int, int]:
+def _newest_and_chosen(run: Run, which: CheckpointName) -> tuple[int, int]:
     """The steps of the newest checkpoint, or final weights, and of the one that is asked for.
 
     Raises:
         CheckpointError: when there is none.
+        RunError: as `Run.is_finished`.
     """
-    records, steps = run.records(), run.checkpoints.steps()
-    finished = bool(records) and records[-1].step == last_step and is_there(run.weights)
-    newest = records[-1].step if finished else max(steps, default=0)
+    finished, records = run.is_finished(), run.records()
+    newest = records[-1].step if finished else max(run.checkpoints.steps(), default=0)
     evaluated = [record for record in records if record.step <= newest]
     if len(records) > 1 and not newest:  # the first one is written before its checkpoint
         raise CheckpointError(

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -69,6 +69,24 @@ class Run:
         """The records of the journal so far."""
         return read_journal(self.journal, self.id)
 
+    def is_finished(self) -> bool:
+        """Whether it was trained to its end: its final weights are there, and its last record.
+
+        Raises:
+            RunError: when the weights are there, and the last record is missing.
+        """
+        if not is_there(self.weights):  # looked up before the journal, which may still grow
+            return False
+        records = self.records()
+        reached = records[-1].epoch if records else 0
+        if reached < self.config.epochs:
+            raise RunError(
+                f"{self.path} is finished, and {self.journal} ends at epoch {reached:g} of "
+                f"{self.config.epochs}: lines are missing; put the original back, or remove "
+                f"{self.path} and train it again"
+            )
+        return True
+
     def require_data(self, fingerprint: str) -> None:
         """Refuse data that is not the data on which the run began.
 
@@ -130,6 +148,24 @@ class Run:
         finally:
             os.close(held)
             lock.release()
+
+
+def common_fingerprint(runs: Iterable[Run]) -> str | None:
+    """The fingerprint of the data that all `runs` began on; None if there are no runs.
+
+    Raises:
+        RunError: when they began on different data; names two runs and both fingerprints.
+    """
+    first = None
+    for run in runs:
+        first = first or run
+        if run.fingerprint != first.fingerprint:
+            raise RunError(
+                f"{run.path} began on data with fingerprint {run.fingerprint[:12]}, {first.path} "
+                f"on data with {first.fingerprint[:12]}, so their results do not belong together: "
+                "remove the one on the wrong data, or move it elsewhere"
+            )
+    return first.fingerprint if first else None
 
 
 def is_untrained(path: Path) -> bool:

@@ -1,3 +1,4 @@
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -5,9 +6,20 @@ from pathlib import Path
 import pytest
 
 from stochastic_depth.errors import RunError, StochasticDepthError
+from stochastic_depth.lab.recorded import read_sources
 from stochastic_depth.lab.sweep.folder import open_sweep, read_sweep
-from stochastic_depth.train import DataConfig, ModelConfig, SurvivalConfig
+from stochastic_depth.lab.sweep.progress import sweep_table
+from stochastic_depth.lab.sweep.workers import claim_next, read_claims, train_point
+from stochastic_depth.train import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SurvivalConfig,
+    open_run,
+)
 from stochastic_depth.train.schedule_config import ScheduleConfig
+from support.data_sets import write_pictures
+from support.runs import edit_description
 from support.small_sweep import GRID, SMALL
 
 BEYOND = ScheduleConfig("late", until=1e9)
@@ -33,8 +45,8 @@ def test_a_sweep_is_read_as_it_was_begun(sweep):
     assert read_sweep(sweep.folder) == replace(sweep, config=SMALL.without_io())
 
 
-def test_what_does_not_change_results_may_be_another(sweep, tmp_path):
-    config = replace(SMALL, keep=1, data=replace(SMALL.data, workers=0, root=tmp_path))
+def test_what_does_not_change_results_may_be_another(sweep):
+    config = replace(SMALL, keep=1, data=replace(SMALL.data, workers=0))
     assert open_sweep(sweep.folder, "survival", GRID, config).folder == sweep.folder
 
 
@@ -91,3 +103,94 @@ def test_a_damaged_description_is_named(sweep, text):
     (sweep.folder / "sweep.json").write_text(text)
     with pytest.raises(RunError, match=r"sweep\.json cannot be understood"):
         open_sweep(sweep.folder, "survival", GRID, SMALL)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """The configuration of short runs on pictures of one's own, which can be changed."""
+    write_pictures(tmp_path / "mine")
+    data = DataConfig("folder", tmp_path / "mine", size=16, workers=0)
+    return replace(SMALL, data=data, optimizer=OptimizerConfig(batch=8), epochs=1)
+
+
+def test_a_sweep_is_trained_on_the_pictures_that_it_began_on(pictures, tmp_path):
+    sweep = open_sweep(tmp_path / "sweep", "survival", GRID, pictures)
+    first, second, *_ = GRID.points()
+    train_point(sweep, first, lambda: None)
+    began = open_run(sweep.path(first)).fingerprint
+    assert json.loads((sweep.folder / "sweep.json").read_text())["fingerprint"] == began
+    write_pictures(tmp_path / "mine", seed=1)
+    other = open_sweep(tmp_path / "other", "survival", GRID, pictures).fingerprint
+    both = f"{began[:12]}, this data has {other[:12]}: give the data .* choose another --out"
+    with pytest.raises(RunError, match=both):
+        open_sweep(sweep.folder, "survival", GRID, pictures)
+    with pytest.raises(RunError, match=both):
+        train_point(sweep, second, lambda: None)
+    assert not sweep.path(second).exists()
+    write_pictures(tmp_path / "mine")
+    assert open_sweep(sweep.folder, "survival", GRID, pictures) == sweep
+
+
+def without_fingerprint(sweep):
+    """As sweeps were begun before their data was recorded."""
+    path = sweep.folder / "sweep.json"
+    described = json.loads(path.read_text())
+    del described["fingerprint"]
+    path.write_text(json.dumps(described))
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_points_on_different_data_are_not_averaged(sweep, older):
+    points = GRID.points()[:2]
+    for point in points:
+        train_point(sweep, point, lambda: None)
+    if older:
+        without_fingerprint(sweep)
+    assert len(read_sources([sweep.folder]).sweeps[0].finished()) == 2
+    assert open_sweep(sweep.folder, "survival", GRID, SMALL) == sweep
+    began = open_run(sweep.path(points[0])).fingerprint
+
+    def on_birds(description):
+        description["data"]["fingerprint"] = "of birds " * 2
+
+    edit_description(sweep.path(points[1]), on_birds)
+    both = f"fingerprint (of birds of .*{began[:12]}|{began[:12]}.* of birds of )"
+    for read in (
+        lambda: read_sources([sweep.folder]),
+        lambda: sweep_table(read_sweep(sweep.folder)),
+        lambda: open_sweep(sweep.folder, "survival", GRID, SMALL),
+    ):
+        with pytest.raises(RunError, match=both):
+            read()
+    edit_description(sweep.path(points[0]), on_birds)
+    if older:
+        assert read_sources([sweep.folder])
+    else:
+        with pytest.raises(RunError, match=f"data with fingerprint {began[:12]}, its runs began"):
+            read_sources([sweep.folder])
+
+
+def test_a_sweep_that_has_ended_is_read_without_a_lock_and_without_its_data(
+    pictures, tmp_path, monkeypatch
+):
+    grid = replace(GRID, seeds=(0,))
+    sweep = open_sweep(tmp_path / "sweep", "survival", grid, pictures)
+    while claim := claim_next(sweep):
+        train_point(sweep, claim.point, lambda: None)
+        claim.release()
+
+    class ReadOnly:
+        def __init__(self, *args, **options):
+            raise OSError(errno.EROFS, "Read-only file system")
+
+    for module in ("folder", "workers"):
+        monkeypatch.setattr(f"stochastic_depth.lab.sweep.{module}.FileLock", ReadOnly)
+    (tmp_path / "mine").rename(tmp_path / "elsewhere")
+    again = open_sweep(sweep.folder, "survival", grid, pictures)
+    assert again == sweep
+    assert claim_next(again) is None
+    assert read_claims(again) == []
+    assert sweep_table(again).row_count == 3
+    (tmp_path / "elsewhere").rename(tmp_path / "mine")
+    with pytest.raises(RunError, match="new cannot be a sweep's folder: Read-only file system"):
+        open_sweep(tmp_path / "new", "survival", grid, pictures)

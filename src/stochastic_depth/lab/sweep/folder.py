@@ -1,6 +1,7 @@
 """A sweep: a grid of runs in one folder, with `sweep.json` and a run folder for each point."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -10,6 +11,7 @@ from typing import Any
 from filelock import FileLock
 
 from stochastic_depth.choices import RuleName, SweepKind
+from stochastic_depth.data import Batches
 from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.files import (
     SMALL,
@@ -22,10 +24,11 @@ from stochastic_depth.files import (
     write_whole,
 )
 from stochastic_depth.recipes.paper import gatings
-from stochastic_depth.train import Config, Record, layout, open_run
+from stochastic_depth.train import Config, Record, Run, layout, open_run
 from stochastic_depth.train.build import require_trainable
 from stochastic_depth.train.engine_choice import on_one_engine
 from stochastic_depth.train.open import open_batches
+from stochastic_depth.train.run_folder import common_fingerprint
 from stochastic_depth.train.runtime import resolve_runtime
 
 
@@ -109,6 +112,9 @@ class Sweep:
     kind: SweepKind
     grid: Grid
     config: Config
+    fingerprint: str | None = None
+    """SHA-256 of the data that all runs train on; None in a sweep that was begun before sweeps
+    recorded it, until a run has begun."""
 
     @cached_property
     def configs(self) -> dict[Point, Config]:
@@ -122,6 +128,7 @@ class Sweep:
         return self.folder / "runs" / point.name
 
     def done(self, point: Point) -> bool:
+        """Whether nothing is left to train. `read_run` checks that nothing was lost since."""
         return is_there(self.path(point) / layout.WEIGHTS)
 
     def failure(self, point: Point) -> str | None:
@@ -154,20 +161,35 @@ class Sweep:
         path = self.path(point)
         return open_run(path).records() if is_there(path) else []
 
+    def require_data(self, runs: Iterable[Run]) -> None:
+        """Refuse `runs` of this sweep that began on other data than the sweep, or than each other.
+
+        Raises:
+            RunError: naming both fingerprints.
+        """
+        found = common_fingerprint(runs)
+        if found and self.fingerprint and found != self.fingerprint:
+            raise RunError(
+                f"{self.folder} is a sweep on data with fingerprint {self.fingerprint[:12]}, its "
+                f"runs began on data with {found[:12]}: remove {self.folder / 'runs'}, and the "
+                "sweep trains them again"
+            )
+
 
 def open_sweep(folder: Path, kind: SweepKind, grid: Grid, config: Config) -> Sweep:
     """Open the sweep in `folder`, or begin it.
 
+    If every run has ended, its data is not needed and nothing is written.
+
     Raises:
         ApplyError, ConfigError, DataError: when the grid has a run that cannot be trained; then no
             folder is created.
-        RunError: when `folder` contains another sweep, or something else.
+        RunError: when `folder` contains another sweep, or something else, or was begun on other
+            data; and when it cannot be written.
     """
     sweep = Sweep(folder, kind, grid, config)
     sweep_file = folder / "sweep.json"
     _require_own(folder)
-    if not is_there(sweep_file):
-        _require_trainable(sweep)
     wanted = {
         "format": FORMAT,
         "kind": kind,
@@ -175,28 +197,52 @@ def open_sweep(folder: Path, kind: SweepKind, grid: Grid, config: Config) -> Swe
         "recipe": config.recipe,
         "config": config.without_io().to_json(),
     }
-    _make(folder)
-    with FileLock(folder / "lock"):
-        if not is_there(sweep_file):
-            write_whole(sweep_file, json.dumps(wanted, indent=1).encode() + b"\n")
+    data = None
+    if not is_there(sweep_file):
+        data = _require_trainable(sweep)
+        _write(folder, {**wanted, "fingerprint": data})
     found = _read(sweep_file)
     for name, value in wanted.items():
         if found.get(name) != value:
             difference = _difference(name, found.get(name), value)
             raise RunError(f"{folder} holds another sweep: {difference}; choose another --out")
-    return sweep
+    points = grid.points()
+    paths = [path for path in map(sweep.path, points) if is_there(path / layout.CONFIG)]
+    sweep = replace(sweep, fingerprint=found.get("fingerprint"))
+    sweep.require_data(begun := [open_run(path) for path in paths])
+    sweep = replace(sweep, fingerprint=sweep.fingerprint or common_fingerprint(begun))
+    if all(map(sweep.ended, points)):
+        return sweep
+    _make(folder)
+    data = data or _open_data(sweep).fingerprint
+    if sweep.fingerprint not in (None, data):
+        raise RunError(
+            f"{folder} began on data with fingerprint {sweep.fingerprint[:12]}, this data has "
+            f"{data[:12]}: give the data it began on, or choose another --out"
+        )
+    return replace(sweep, fingerprint=data)
 
 
-def _require_trainable(sweep: Sweep) -> None:
+def _require_trainable(sweep: Sweep) -> str:
     """Raise an error if a run of the sweep cannot be trained, as `begin` would.
+
+    Returns:
+        The fingerprint of its data.
 
     Neither p_L nor the seed matters, so one run is tried for each rule, depth and gating.
     """
     tried = {(p.rule, p.depth, p.gating): config for p, config in sweep.configs.items()}
-    runtimes = [resolve_runtime(config) for config in tried.values()]
-    batches = open_batches(sweep.config, replace(runtimes[0], device="cpu"))
+    for config in tried.values():
+        resolve_runtime(config)
+    batches = _open_data(sweep)
     for config in tried.values():
         require_trainable(config, batches)
+    return batches.fingerprint
+
+
+def _open_data(sweep: Sweep) -> Batches:
+    runtime = resolve_runtime(next(iter(sweep.configs.values())))
+    return open_batches(sweep.config, replace(runtime, device="cpu"))
 
 
 def read_sweep(folder: Path) -> Sweep:
@@ -215,7 +261,11 @@ def read_sweep(folder: Path) -> Sweep:
     try:
         grid = Grid(**{name: tuple(values) for name, values in found["grid"].items()})
         return Sweep(
-            layout.with_name(folder), found["kind"], grid, Config.from_json(found["config"])
+            layout.with_name(folder),
+            found["kind"],
+            grid,
+            Config.from_json(found["config"]),
+            found.get("fingerprint"),
         )
     except (AttributeError, ConfigError, KeyError, TypeError) as error:
         raise RunError(f"{sweep_file} is not of a sweep: {error!r}") from error
@@ -244,11 +294,25 @@ def _make(folder: Path) -> None:
         raise RunError(f"{folder} cannot be a sweep's folder: {reason(error)}") from error
 
 
+def _write(folder: Path, description: dict[str, Any]) -> None:
+    """Write `sweep.json`, unless another process has written it in the meantime."""
+    _make(folder)
+    try:
+        with FileLock(folder / "lock"):
+            if not is_there(folder / "sweep.json"):
+                content = json.dumps(description, indent=1).encode() + b"\n"
+                write_whole(folder / "sweep.json", content)
+    except OSError as error:
+        raise RunError(f"{folder} cannot be a sweep's folder: {reason(error)}") from error
+
+
 def _read(sweep_file: Path) -> dict[str, Any]:
     try:
         found = json.loads(read_file(sweep_file, SMALL))
         if not isinstance(found, dict):
             raise TypeError("it holds no object")
+        if not isinstance(found.get("fingerprint", ""), str):
+            raise TypeError("its fingerprint is no text")
         return found
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"{sweep_file} cannot be understood: {error}") from error

@@ -70,7 +70,7 @@ class SweepProgress(LiveDisplay):
         failure = self._ended[point]
         what = f"failed: {failure}"
         if failure is None:
-            found = RunOutcome.of(self._sweep.records(point))
+            found = RunOutcome.of(read_run(self._sweep.path(point)).records)
             what = f"test {found.test_error_best:.2f}% in {found.seconds:.1f} s"
         line = f"{point.name} {what}"
         self.say(line if self.live else f"{self.counts()}  {line}")
@@ -113,9 +113,14 @@ def _cost(point: Point) -> float:
 
 
 def sweep_table(sweep: Sweep) -> Table:
-    """A row for each rule, p_L and depth: means over the seeds that are done."""
+    """A row for each rule, p_L and depth: means over the seeds that are done.
+
+    Raises:
+        RunError: when a run cannot be read, has lost a part of its journal, or is on other data.
+    """
     points = sweep.grid.points()
     finished = {point: read_run(sweep.path(point)) for point in points if sweep.done(point)}
+    sweep.require_data(recorded.run for recorded in finished.values())
     caption = "seconds of training compare only where one worker ran at a time"
     table = Table(
         title=f"{sweep.config.data.name}, {sweep.config.model.kind}, "

@@ -77,7 +77,8 @@ def read_claims(sweep: Sweep) -> list[Point]:
 
 
 def _is_claimed(sweep: Sweep, point: Point) -> bool:
-    if not is_there(_claim_file(sweep, point)):  # which stays when the lock is released
+    # The file stays when the lock is released, and a sweep that has ended may be read-only.
+    if sweep.ended(point) or not is_there(_claim_file(sweep, point)):
         return False
     lock = _lock(sweep, point)
     if lock is None:
@@ -212,7 +213,7 @@ def _open(sweep: Sweep, point: Point) -> tuple[Run, Batches]:
             )
         shutil.rmtree(path)  # its process was killed while it removed the folder
     if not is_there(path):
-        return begin(config, path)
+        return begin(config, path, sweep.fingerprint)
     run, batches = reopen(path, config.data.root)
     if run.config.without_io() != config.without_io():
         raise RunError(f"{path} has another configuration than its sweep: remove it")
