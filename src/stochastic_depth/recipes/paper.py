@@ -23,12 +23,13 @@ def gatings(config: Config) -> dict[str, Config]:
         config.survival, gate="batch", balance=False, closed="skipped", schedule=ScheduleConfig()
     )
     early = ScheduleConfig("early", until=0.5)
+    rounded = replace(survival, gate="subset", balance=True)  # it opens a rounded share, not p_l
     variants = {
         "batch": survival,
         "sample": replace(survival, gate="sample"),
         "subset": replace(survival, gate="subset"),
         "balanced-batch": replace(survival, balance=True),
-        "balanced-subset": replace(survival, gate="subset", balance=True),
+        "balanced-subset": replace(rounded, scale="training"),
         "forward-only": replace(survival, closed="forward-only", scale=None),
         "early": replace(survival, schedule=early),
     }
