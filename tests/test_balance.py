@@ -89,7 +89,30 @@ def test_a_rounded_share_is_divided_by_or_warned_of(gate, options, samples, shar
         return (seen / model[0].branch(x[0])).mean().item()
 
     assert mean("training") == pytest.approx(1, abs=0.1)
-    said = f"runs on {100 * share:.0f} % of {samples} samples.*p_l = 0.7"
+    said = f"runs on {100 * share:.0f} % of the samples.*p_l = 0.7"
     with pytest.warns(UserWarning, match=said) as warned:
         assert mean("inference") == pytest.approx(share, abs=0.05)
     assert len(warned) == 1
+
+
+def test_under_a_schedule_rounding_is_warned_of_when_it_begins() -> None:
+    model = network(1)
+    sd.apply(model, [0.6], schedule=sd.Late(2), gate="subset", balance=True)
+    for _ in range(2):
+        model(torch.ones(4, 4))
+    with pytest.warns(UserWarning, match="runs on 50 % of the samples"):
+        model(torch.ones(4, 4))
+
+
+@pytest.mark.parametrize("options", [{}, {"multiple_of": 4}, {"min_samples": 2}], ids=str)
+@pytest.mark.parametrize(("parts", "here"), [(2, None), (4, (0, 16)), (4, (8, 16))])
+def test_a_share_is_that_of_the_parts_that_are_balanced(options, parts, here) -> None:
+    model, survival = network(5), [0.9, 0.7, 0.5, 0.3, 0.1]
+    handle = sd.apply(model, survival, gate="subset", balance=True, scale="training", **options)
+    for unit in model:
+        nn.init.zeros_(unit.branch.weight)
+        nn.init.ones_(unit.branch.bias)
+    handle.balanced_parts, handle.rank_samples = parts, here
+    with torch.no_grad():
+        for _ in range(5):  # in each step as many samples are open, so no mean is needed
+            assert model(torch.zeros(8, 4)).mean().item() == pytest.approx(5, abs=1e-5)

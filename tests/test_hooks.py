@@ -884,3 +884,36 @@ def test_a_copy_has_its_own_passes():
     twin(batch(1)).square().sum().backward()
     for mine, true in zip(gradients(other), gradients(twin), strict=True):
         torch.testing.assert_close(mine, true)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_change_of_mode_before_the_backward_pass_changes_no_gates(training) -> None:
+    model = nn.Sequential(*(sd.Residual(nn.Linear(3, 3)) for _ in range(6))).double()
+    handle = sd.apply(model, sd.Uniform(0.5), scale="training")
+    x = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = model
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=True)
+            return x
+
+    sd.remove(model)
+    whole = Checkpointed().train(training)
+    handle = sd.apply(whole, sd.Uniform(0.5), scale="training")
+    loss = whole(x).sum()
+    whole.train(not training)
+    loss.backward()
+    found, x.grad = x.grad, None
+    whole.train(training)
+    expected = whole.blocks
+    gates = handle.gates_at(0).tolist() if training else [True] * 6
+    y = x
+    for block, is_open in zip(expected, gates, strict=True):
+        y = y + (block.branch(y) * (2 if training else 1) if is_open else 0)
+    y.sum().backward()
+    torch.testing.assert_close(found, x.grad)

@@ -277,8 +277,9 @@ def connect_to_graph(
     tensors = in_graph(tensors) or tensors
     if not tensors or not parameters:
         return output
-    connected = _ConnectToGraph.apply(gradient, len(tensors), *tensors, *reversed(parameters))
-    new = {id(old): tensor for old, tensor in zip(tensors, connected, strict=True)}
+    new: dict[int, Tensor] = {}
+    for tensor in tensors:  # one node for each: a loss may reach some of them only
+        new[id(tensor)] = _ConnectToGraph.apply(gradient, tensor, *reversed(parameters))
     return replace_tensors(output, lambda tensor: new.get(id(tensor), tensor))
 
 
@@ -297,24 +298,19 @@ def _is_in_function() -> bool:
 
 
 class _ConnectToGraph(torch.autograd.Function):
-    """The identity of the first `count` tensors; the others are parameters."""
+    """The identity of a tensor, in whose graph `parameters` are too."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, gradient: Any, tensor: Tensor, *parameters: nn.Parameter) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.gradient, ctx.parameters = gradient, tensors[count:]
-        # Not views: a view that a custom function returns must not be changed in place.
-        return tuple(tensor.detach() for tensor in tensors[:count])
+        ctx.gradient, ctx.parameters = gradient, parameters
+        # Not a view: a view that a custom function returns must not be changed in place.
+        return tensor.detach()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        missing = all(gradient is None for gradient in gradients)
-        return (
-            None,
-            None,
-            *gradients,
-            *(None if missing else ctx.gradient(p) for p in ctx.parameters),
-        )
+        missing = gradients[0] is None
+        return (None, *gradients, *(None if missing else ctx.gradient(p) for p in ctx.parameters))
 
 
 class _Reached:

@@ -5,6 +5,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
+from itertools import pairwise
+from threading import get_ident
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -105,7 +107,8 @@ class Handle:
         self.observers: list[Callable[[list[Gate] | None], None]] = []
         """Called when a forward pass begins, with its gates; with None in evaluation."""
         self._coins: Tensor | None = None
-        self._has_drawn = False
+        self._unrounded: object = None
+        """The last p_l and number of samples without a warning of rounding; or "warned"."""
         self._drawn: int | None = None
         """The step of the last draw, unless `step` was set to a different one since."""
         self._survival: tuple[float, ...] = ()
@@ -113,9 +116,9 @@ class Handle:
         self._in_evaluation: Forced | None = None
         self._step = 0
         self._set_survival(0)
-        self.evaluation_since = 0
-        """The number of the autograd node from which on the gates of evaluation are the present
-        ones; 0 if they never changed."""
+        self.evaluation_since = 0, 0
+        """The thread in which the gates of evaluation changed last, and the number of its autograd
+        node from which on they are the present ones."""
 
     @property
     def gate(self) -> GateKind:
@@ -256,38 +259,51 @@ class Handle:
 
         It is p_l; but balanced gates open a rounded share, and a smallest subset opens more.
         """
-        if coins.ndim == 1 or self.gate == "batch":
+        settings = self.settings
+        if (
+            coins.ndim == 1
+            or self.gate == "batch"
+            or not (settings.balance or settings.min_samples)
+        ):
             return self._survival
-        samples, settings = coins.shape[1], self.settings
-        by_parts = settings.balance and self.balanced_parts > 1
-        if self.rank_samples is not None and not by_parts:
-            samples = self.rank_samples[1]
-        return [
-            open_share(
+        samples = coins.shape[1]
+        first, whole = self.rank_samples or (0, samples)
+        parts = self.balanced_parts if settings.balance else 1
+        ends = [part * whole // parts for part in range(parts + 1)]
+        here = [
+            (min(end, first + samples) - max(start, first), end - start)
+            for start, end in pairwise(ends)
+        ]  # of each part of the mini-batch: the number of samples in this process, and in all
+
+        def share(p: float, samples: int) -> float:
+            return open_share(
                 p,
                 samples,
                 min_samples=settings.min_samples,
                 balance=settings.balance,
                 multiple_of=settings.multiple_of,
             )
+
+        return [
+            sum(n * share(p, of) for n, of in here if n > 0) / samples if samples else p
             for p in self._survival
         ]
 
     def _warn_of_rounding(self, coins: Tensor) -> None:
         """Warn, once, where evaluation multiplies by p_l and training opens a different share."""
-        if self._has_drawn or coins.ndim == 1 or coins.shape[1] == 0:
+        case = self._survival, coins.shape
+        if self._unrounded in ("warned", case) or self.scale != "inference" or coins.ndim == 1:
             return
-        self._has_drawn = True
-        if self.scale != "inference":
-            return
+        self._unrounded = case
         shares = zip(self._shares(coins), self._survival, self.blocks, strict=True)
         excess = {abs(share / p - 1): (share, p, block.name) for share, p, block in shares if p > 0}
         worst = max(excess, default=0.0)
         if worst > ROUNDING:
             share, p, name = excess[worst]
+            self._unrounded = "warned"
             warnings.warn(
-                f"block {name!r} runs on {100 * share:.0f} % of {coins.shape[1]} samples, because "
-                f"their number is rounded, but evaluation multiplies its branch by p_l = {p:.3g}: "
+                f"block {name!r} runs on {100 * share:.0f} % of the samples, because their number "
+                f"is rounded, but evaluation multiplies its branch by p_l = {p:.3g}: "
                 'give scale="training", which divides by the share itself, or larger batches',
                 stacklevel=2,
             )
@@ -517,7 +533,7 @@ class Handle:
 
     def _change_evaluation(self) -> None:
         """Give all blocks other gates of evaluation, and note when."""
-        self.evaluation_since = next_node_number()
+        self.evaluation_since = get_ident(), next_node_number()
         if self.passes is not None:
             self.passes.let_blocks_recall()
         self.restore_evaluation_gates()
@@ -537,7 +553,7 @@ class Handle:
     def __getstate__(self) -> dict[str, Any]:
         """The state of a copy: no gates are forced, and no optimizer is followed."""
         usual = {"_in_training": None, "_in_evaluation": None, "optimizer_steps": None}
-        return {**self.__dict__, **usual, "observers": [], "evaluation_since": 0}
+        return {**self.__dict__, **usual, "observers": [], "evaluation_since": (0, 0)}
 
     def _identity(self) -> dict[str, Any]:
         return self.probabilities.to_json() | asdict(self.settings)

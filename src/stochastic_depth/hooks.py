@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.block import Routes, set_evaluation_gates, set_training_gates
+from stochastic_depth.block import Block, Routes, set_evaluation_gates, set_training_gates
 from stochastic_depth.closed_gradients import ClosedGradients
 from stochastic_depth.errors import GateError
 from stochastic_depth.gates import Gate
@@ -158,7 +158,8 @@ class ForwardHooks:
     def _begin(self, call: "_ModelCall", gates: list[Gate] | None, replicated: bool) -> None:
         """Begin a forward pass under these gates; None in evaluation."""
         self.let_blocks_recall()
-        self._in_backward.clear()  # a backward pass that failed may have left an entry
+        if gates is not None:
+            self._in_backward.clear()  # a backward pass that failed may have left an entry
         mine = (each.begun for each in reversed(self._stack) if each.thread == call.thread)
         outer = next(filter(None, mine), None)
         in_ddp = gates is not None and (replicated or in_ddp_forward())
@@ -200,7 +201,8 @@ class ForwardHooks:
         there, or None if that is not known."""
         again = self._pass_of_backward()
         if again is None:
-            if not training and 0 <= node_number() < self.handle.evaluation_since:
+            thread, since = self.handle.evaluation_since
+            if not training and thread == get_ident() and 0 <= node_number() < since:
                 raise GateError(
                     f"block {self.blocks[number].name!r} is recomputed in evaluation mode, but "
                     "what it does there has changed since its forward pass (by handle.forced, "
@@ -210,7 +212,8 @@ class ForwardHooks:
                 )
             return None
         again.backward_begins()
-        gates = again.gates if training else again.evaluation
+        mode = again.modes[number]
+        gates = again.gates if (training if mode is None else mode) else again.evaluation
         return None if gates is None else gates[number]
 
     def _pass_of_backward(self) -> "ForwardPass | None":
@@ -292,6 +295,8 @@ class ForwardPass:
         self._hooks, self.gates = hooks, gates
         self.evaluation = [block.evaluation_gate for block in hooks.blocks]
         """What the blocks do that are in evaluation mode; in evaluation `gates` is None."""
+        self.modes = [_mode(block) for block in hooks.blocks]
+        """Whether each block is in training mode; None if only a part of it is."""
         self.outer = outer
         """The running forward pass within which this one began."""
         self.first_node = self.end_node = next_node_number()
@@ -338,6 +343,11 @@ class ForwardPass:
             set_evaluation_gates(blocks, self.evaluation)
             at_end_of_backward(handle.restore_gates)
             at_end_of_backward(handle.restore_evaluation_gates)
+
+
+def _mode(block: Block) -> bool | None:
+    modes = {module.training for module in block.gate_readers}
+    return modes.pop() if len(modes) == 1 else None
 
 
 def _only(passes: Sequence[ForwardPass]) -> ForwardPass | None:

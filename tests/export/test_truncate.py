@@ -137,6 +137,38 @@ def test_blocks_inside_a_removed_block_are_removed_with_it(kept):
     torch.testing.assert_close(model(x), expected)
 
 
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.f(x)
+
+
+class Around(nn.Module):
+    """A residual group, whose blocks are in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.out = nn.Sequential(Plain(), Plain()), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.out(self.inner(x))
+
+
+def test_a_list_and_a_list_inside_it_both_lose_blocks():
+    model, x = nn.Sequential(*(Around() for _ in range(3))).double(), torch.rand(4, 8).double()
+    handle = sd.apply(model, sd.Uniform(0.5), example=x)
+    names = [block.name for block in handle.blocks]
+    closed = [name.split(".")[0] == "0" or name == "2.inner.0" for name in names]
+    with handle.subnetwork([not c for c in closed], scaled=True):
+        expected = model.eval()(x)
+    sd.truncate(model, [n for n, name in enumerate(names) if name not in ("0", "2.inner.0")], x)
+    assert [len(each.inner) for each in model] == [2, 1]
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_of_the_units_of_one_module_all_stay_or_none():
     model = nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, batch_first=True) for _ in range(3)))
     x = torch.rand(2, 4, 8)

@@ -155,8 +155,11 @@ def _require_lasting(
         try:
             run()
         except Exception as error:
-            why = f"it would change buffers, and the model fails in training: {first_line(error)}"
-            raise _inexact(model, first, why) from error
+            raise FoldError(
+                f"block {first.name!r} takes its p_l into a buffer, which training must not "
+                f"overwrite, but the example fails in training mode ({first_line(error)}): give "
+                "one that runs after model.train(), such as one with labels or with two samples"
+            ) from error
         after = twin.state_dict(keep_vars=True)
         for name, buffer in buffers.items():
             if not torch.equal(after[name], buffer):

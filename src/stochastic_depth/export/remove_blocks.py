@@ -43,8 +43,8 @@ def replace_by_shortcuts(model: nn.Module, names: Collection[str]) -> None:
             setattr(model.get_submodule(parent), child, ShortcutOnly(unit))
         else:
             lists.setdefault(parent, []).append(child)
-    for parent, children in lists.items():
-        _remove(model, parent, children)
+    for parent in sorted(lists, key=lambda name: name.count("."), reverse=True):
+        _remove(model, parent, lists[parent])  # inner lists first: removing changes names
 
 
 def blocks_of(model: nn.Module) -> list[str]:
