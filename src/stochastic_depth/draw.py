@@ -165,15 +165,34 @@ def expected_share(p: float, samples: int, min_samples: int) -> float:
 
 
 def open_share(
-    p: float, samples: int, *, min_samples: int = 0, balance: bool = False, multiple_of: int = 1
+    p: float,
+    samples: int,
+    min_samples: int = 0,
+    *,
+    balance: bool = False,
+    multiple_of: int = 1,
+    parts: int = 1,
+    first: int = 0,
+    whole: int | None = None,
 ) -> float:
-    """The expected share of `samples` samples on which a block runs, with gates of single samples.
+    """The expected share of `samples` samples that `draw` opens for a block.
 
     It is p, unless the number of samples is rounded or has a minimum.
+
+    Args:
+        first, whole: where these samples begin in the mini-batch, and how many samples that has; by
+            default they are all of it.
     """
+    whole = samples if whole is None else whole
     if not balance:
-        return expected_share(p, samples, min_samples)
-    return subset_size(p, samples, min_samples, multiple_of) / samples if samples else p
+        return expected_share(p, whole, min_samples)
+    ends = [part * whole // parts for part in range(parts + 1)]
+    opened = 0.0
+    for start, end in pairwise(ends):
+        here = min(end, first + samples) - max(start, first)
+        if here > 0:
+            opened += here * subset_size(p, end - start, min_samples, multiple_of) / (end - start)
+    return opened / samples if samples else p
 
 
 def open_shares(coins: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
-from itertools import pairwise
 from threading import get_ident
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -260,32 +259,22 @@ class Handle:
         It is p_l; but balanced gates open a rounded share, and a smallest subset opens more.
         """
         settings = self.settings
-        if (
-            coins.ndim == 1
-            or self.gate == "batch"
-            or not (settings.balance or settings.min_samples)
-        ):
+        rounds = settings.balance or settings.min_samples > 0
+        if coins.ndim == 1 or self.gate == "batch" or not rounds:
             return self._survival
         samples = coins.shape[1]
         first, whole = self.rank_samples or (0, samples)
-        parts = self.balanced_parts if settings.balance else 1
-        ends = [part * whole // parts for part in range(parts + 1)]
-        here = [
-            (min(end, first + samples) - max(start, first), end - start)
-            for start, end in pairwise(ends)
-        ]  # of each part of the mini-batch: the number of samples in this process, and in all
-
-        def share(p: float, samples: int) -> float:
-            return open_share(
+        return [
+            open_share(
                 p,
                 samples,
-                min_samples=settings.min_samples,
+                settings.min_samples,
                 balance=settings.balance,
                 multiple_of=settings.multiple_of,
+                parts=self.balanced_parts,
+                first=first,
+                whole=whole,
             )
-
-        return [
-            sum(n * share(p, of) for n, of in here if n > 0) / samples if samples else p
             for p in self._survival
         ]
 
