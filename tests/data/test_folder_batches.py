@@ -1,5 +1,4 @@
 import io
-import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
 
@@ -12,8 +11,10 @@ from stochastic_depth.data import Batches, FolderBatches, folder_batches
 from stochastic_depth.errors import DataError
 from stochastic_depth.processes import fresh_processes
 from support.data_sets import IMAGENET_CLASSES, same_batches, write_imagenet
+from support.decoding import batches_and_decoders
 
 SIZE = 28
+SETTINGS = {"batch": 4, "seed": 3, "device": "cpu", "workers": 0, "image_size": SIZE}
 
 
 @pytest.fixture
@@ -23,8 +24,7 @@ def root(tmp_path):
 
 
 def made(root, **options) -> FolderBatches:
-    settings = {"batch": 4, "seed": 3, "device": "cpu", "workers": 0, "image_size": SIZE}
-    return FolderBatches(root, **(settings | options))
+    return FolderBatches(root, **(SETTINGS | options))
 
 
 def test_it_is_what_training_needs(root):
@@ -77,20 +77,12 @@ def test_the_number_of_workers_does_not_change_the_batches(root):
     assert same_batches(made(root, workers=2).evaluate("test"), made(root).evaluate("test"))
 
 
-def batches_and_decoders(root):
-    """An epoch as arrays, and the kinds of the processes that decoded it."""
-    found, kinds = [], set()
-    for images, labels in made(root, workers=2).train(1):
-        found.append((images.numpy(), labels.numpy()))
-        kinds |= {type(process).__name__ for process in multiprocessing.active_children()}
-    return found, kinds
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: where forking is safe")
 def test_in_a_fresh_process_as_that_of_a_sweep_decoders_inherit_what_it_has_imported(root):
     fresh = fresh_processes("stochastic_depth.lab.sweep.workers")
     with ProcessPoolExecutor(1, fresh) as process:
-        found, kinds = process.submit(batches_and_decoders, root).result()
+        settings = SETTINGS | {"workers": 2}
+        found, kinds = process.submit(batches_and_decoders, root, **settings).result()
     alone = [(images.numpy(), labels.numpy()) for images, labels in made(root).train(1)]
     for one, other in zip(found, alone, strict=True):
         np.testing.assert_array_equal(one[0], other[0])
