@@ -25,21 +25,21 @@ class GateSettings:
     skipped: SkippedPolicy = "paper"
 
     def __post_init__(self) -> None:
-        scales = ("none",) if self.closed == "forward-only" else ("inference", "training")
         require_choice("gate", self.gate, get_args(GateKind))
         require_choice("closed", self.closed, get_args(Closed))
         require_choice("skipped", self.skipped, get_args(SkippedPolicy))
-        if self.closed == "forward-only" and self.gate != "batch":
+        if self.closed == "skipped":
+            require_choice("scale", self.scale, ("inference", "training"))
+        elif self.gate != "batch":
             raise ApplyError(
                 f'closed="forward-only" needs gate="batch", this is gate="{self.gate}": '
                 "forward-only blocks are drawn per mini-batch"
             )
-        if self.closed == "forward-only" and self.scale != "none":
+        elif self.scale != "none":
             raise ApplyError(
                 f'scale="{self.scale}" with closed="forward-only": every branch is added in every '
                 "step, so there is no expectation to correct; leave scale out"
             )
-        require_choice("scale", self.scale, scales)
         for name, least in (("min_samples", 0), ("multiple_of", 1)):
             number = whole_number(getattr(self, name))
             if number is None or number < least:
