@@ -176,8 +176,8 @@ def summary(model: nn.Module, example: Example) -> Summary:
         counted: dict[tuple[str, ...], tuple[int, int]] = {}
         summaries = []
         around = enclosing(found)
-        for block, each, p, inside in zip(handle.blocks, found, survival, around, strict=True):
-            module, names = block.module, [*each.modules.elements(), *each.parameters]
+        for block, as_found, p, inside in zip(handle.blocks, found, survival, around, strict=True):
+            module, names = block.module, [*as_found.modules.elements(), *as_found.parameters]
             in_branch = sorted(name.removeprefix(block.name) for name in names)
             alike = fingerprint(module), inputs.get(block.name, block.name), str(in_branch)
             if alike not in counted:
