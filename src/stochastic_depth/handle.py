@@ -189,8 +189,9 @@ class Handle:
     def gates(self) -> Tensor:
         """The gates of the last step: bool [L], or [L, batch] with gates for single samples.
 
-        These are the gates that were drawn. As with `nn.Dropout`, what a block does depends on the
-        mode of the module that makes its addition. If that module is in evaluation mode in the
+        These are the gates that were drawn or forced; under `full_depth`, all with p_l > 0 are
+        open. As with `nn.Dropout`, what a block does depends on the mode of the module that makes
+        its addition. If that module is in evaluation mode in the
         middle of training, as frozen layers are, the block runs and is scaled as in evaluation.
 
         Raises:
@@ -237,9 +238,12 @@ class Handle:
             GateError: when gates for single samples are to be drawn and `batch` is not given.
         """
         if self._in_training is not None:
-            if self._in_training != "full depth":
+            gates = self._gates_while_forced()
+            if self._in_training == "full depth":
+                self._coins = torch.tensor([gate.open for gate in gates], device="cpu")
+            else:
                 self._coins = self._in_training.coins
-            return self._gates_while_forced()
+            return gates
         self._require_number_of_samples(batch)
         if self.optimizer_steps is not None:
             self.step = self.optimizer_steps()
@@ -500,9 +504,15 @@ class Handle:
         return Forced(coins, scaled)
 
     def _gates_of(self, forced: Forced, closed: Closed = "skipped") -> list[Gate]:
-        per_block = forced.coins.ndim == 1
-        kind = "batch" if per_block else "sample" if self.gate == "batch" else self.gate
-        closed = closed if per_block else "skipped"
+        """The gates that a user has given, one for each block.
+
+        Args:
+            closed: what closed blocks do, where all samples have the same gate.
+        """
+        kind: GateKind = "batch"
+        if forced.coins.ndim == 2:
+            kind = "sample" if self.gate == "batch" else self.gate
+            closed = "skipped"
         shares = self._shares(forced.coins)
         gates = training_gates(forced.coins, self._survival, kind, self.scale, shares, closed)
         if not forced.scaled:
