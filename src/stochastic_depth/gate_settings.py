@@ -28,6 +28,7 @@ class GateSettings:
         require_choice("gate", self.gate, get_args(GateKind))
         require_choice("closed", self.closed, get_args(Closed))
         require_choice("skipped", self.skipped, get_args(SkippedPolicy))
+        require_choice("balance", self.balance, (True, False))
         if self.closed == "skipped":
             require_choice("scale", self.scale, ("inference", "training"))
         elif self.gate != "batch":
@@ -59,7 +60,7 @@ class GateSettings:
             )
 
 
-def require_choice(option: str, value: object, known: tuple[str, ...]) -> None:
+def require_choice(option: str, value: object, known: tuple[object, ...]) -> None:
     """Raise `ApplyError` unless `value` is one of `known`."""
     if value not in known:
         raise ApplyError(f"{option}={value!r}: choose one of {', '.join(map(repr, known))}")

@@ -182,6 +182,7 @@ def test_a_model_without_residual_units_is_an_error_not_a_silent_no_op() -> None
         ("gate", "'batch', 'sample', 'subset'"),
         ("scale", "'inference', 'training'"),
         ("skipped", "'paper', 'freeze'"),
+        ("balance", "True, False"),
     ],
 )
 def test_an_unknown_setting_lists_the_known_ones(setting: str, known: str) -> None:
