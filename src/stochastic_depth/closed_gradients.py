@@ -121,6 +121,7 @@ class ClosedGradients:
         parameters = self._pending.get(module)
         if parameters is None or get_ident() != self._thread:
             return output
+        # Whole: all of the output is in the graph, so that every gradient meets a hook.
         if type(output) is Tensor:
             tensors = [output] if output.grad_fn is not None else []
             is_whole = bool(tensors)

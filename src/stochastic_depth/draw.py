@@ -174,23 +174,22 @@ def expected_share(p: float, samples: int, min_samples: int) -> float:
 def open_share(
     p: float,
     samples: int,
-    min_samples: int = 0,
     *,
-    balance: bool = False,
-    multiple_of: int = 1,
-    parts: int = 1,
-    first: int = 0,
-    whole: int | None = None,
+    first: int,
+    whole: int,
+    min_samples: int,
+    balance: bool,
+    multiple_of: int,
+    parts: int,
 ) -> float:
     """The expected share of `samples` samples that `draw` opens for a block.
 
     It is p, unless the number of samples is rounded or has a minimum.
 
     Args:
-        first, whole: where these samples begin in the mini-batch, and how many samples that has; by
-            default they are all of it.
+        first, whole: where these samples begin in the mini-batch, and how many samples that has.
+        min_samples, balance, multiple_of, parts: as for `draw`.
     """
-    whole = samples if whole is None else whole
     if not balance:
         return expected_share(p, whole, min_samples)
     opened = 0.0

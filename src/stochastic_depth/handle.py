@@ -277,12 +277,12 @@ class Handle:
             open_share(
                 p,
                 samples,
-                settings.min_samples,
+                first=first,
+                whole=whole,
+                min_samples=settings.min_samples,
                 balance=settings.balance,
                 multiple_of=settings.multiple_of,
                 parts=self.balanced_parts,
-                first=first,
-                whole=whole,
             )
             for p in self._survival
         ]

@@ -171,7 +171,7 @@ def summary(model: nn.Module, example: Example) -> Summary:
     run = caller(owner_of(model).forward if training else model, example)
     with preserve_state(model), torch.enable_grad(), opened:
         model.train(training)
-        inputs = _inputs(model, handle.blocks, run)
+        inputs = _inputs(handle.blocks, run)
         forward, backward, uncounted = _count(run)
         counted: dict[tuple[str, ...], tuple[int, int]] = {}
         summaries = []
@@ -236,7 +236,7 @@ def _count(run: Callable[[], Any]) -> tuple[int, int, Counter[str]]:
     return forward.total, backward.total, forward.uncounted + backward.uncounted
 
 
-def _inputs(model: nn.Module, blocks: list[Block], run: Callable[[], Any]) -> dict[str, str]:
+def _inputs(blocks: Sequence[Block], run: Callable[[], Any]) -> dict[str, str]:
     """For each block, by name, the shapes of its inputs, and which of them need a gradient."""
     inputs: dict[str, str] = {}
 

@@ -259,7 +259,7 @@ def recorded(
     recording: Recording,
     on_function: Callable[[Callable[..., Any], tuple[int | None, ...], Any, bool], None],
     count_flops: bool,
-    gradients: bool = False,
+    gradients: bool,
 ) -> Iterator[None]:
     """While entered, record what `model` computes in `recording`.
 
