@@ -29,6 +29,7 @@ class GateSettings:
         require_choice("closed", self.closed, get_args(Closed))
         require_choice("skipped", self.skipped, get_args(SkippedPolicy))
         require_choice("balance", self.balance, (True, False))
+        object.__setattr__(self, "balance", bool(self.balance))
         if self.closed == "skipped":
             require_choice("scale", self.scale, ("inference", "training"))
         elif self.gate != "batch":
