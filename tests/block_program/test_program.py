@@ -54,6 +54,13 @@ def programmed(blocks, survival=None, dtype=torch.float64, kernels=None, replay=
     return model, optimizer, Program(model, handle, optimizer, shape, dtype, kernels, replay)
 
 
+class Doubled(CifarResNet):
+    """A network with a forward method of its own, which the program does not know."""
+
+    def forward(self, images):
+        return 2 * super().forward(images)
+
+
 class Statically:
     """As CUDA graphs are: warmed up, and with memory that is never given back."""
 
@@ -301,6 +308,7 @@ def test_bfloat16_is_that_of_autocast():
     ("build", "named"),
     [
         (lambda: (DenseNet(10, 4), None), "DenseNet"),
+        (lambda: (Doubled(8), None), "Doubled"),
         (lambda: network(3, sd.Uniform(0.5), gate="sample")[:2], 'gate="batch"'),
         (
             lambda: network(3, sd.Uniform(0.5), closed="forward-only", scale=None)[:2],

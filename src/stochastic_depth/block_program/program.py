@@ -269,7 +269,7 @@ def why_unsupported(
     network: type[nn.Module], gate: GateKind = "batch", closed: Closed = "skipped"
 ) -> str | None:
     """Why the block program cannot train a network with these gates; None if it can."""
-    if not issubclass(network, CifarResNet):
+    if not issubclass(network, CifarResNet) or network.forward is not CifarResNet.forward:
         return f"the block program is written for CifarResNet, this is {network.__name__}"
     if gate != "batch":
         return f'the block program needs gate="batch", this is gate="{gate}"'
