@@ -1,5 +1,6 @@
 """Balanced gates in a model: `sd.apply(model, balance=True)`."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -62,6 +63,11 @@ def test_outputs_of_a_balanced_subset_are_those_of_the_drawn_samples():
         assert int(keep.sum()) == 3
         h = h + 2 * keep[:, None] * unit.branch(h)
     torch.testing.assert_close(out, h)
+
+
+@pytest.mark.parametrize("balance", [np.True_, 1])
+def test_a_setting_is_saved_as_a_plain_value(balance) -> None:
+    assert sd.apply(network(), balance=balance).state_dict()["balance"] is True
 
 
 def test_what_cannot_be_balanced_says_what_would_be_right():

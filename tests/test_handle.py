@@ -234,6 +234,7 @@ class Product:
     first: Callable[[int], float]
     points: tuple[tuple[int, float], ...]
     names: dict[str, tuple[int, ...]]
+    scale: float
 
     def __call__(self, step: int) -> float:
         return 1.0
@@ -241,7 +242,7 @@ class Product:
 
 @pytest.mark.parametrize("first", [sd.Warmup(3), math.exp])
 def test_a_schedule_of_the_users_own_is_saved_as_plain_values(first) -> None:
-    schedule = Product(first, ((0, 0.5), (10, 1.0)), {"a": (1, 2)})
+    schedule = Product(first, ((0, 0.5), (10, 1.0)), {"a": (1, 2)}, np.float32(0.5))
     handle = sd.apply(Net(), HALF, schedule=schedule)
     state = json.loads(json.dumps(handle.state_dict()))
     assert state == handle.state_dict()

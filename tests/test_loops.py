@@ -209,6 +209,7 @@ def test_full_depth_ends_and_the_gates_go_on_where_they_were() -> None:
         with handle.full_depth(), handle.full_depth():
             model.requires_grad_(False)(batch(9))
             model.requires_grad_(True)
+            assert handle.gates.tolist() == [True] * BLOCKS
         with pytest.raises(sd.errors.GateError, match="no gates are drawn for it"):
             model[1](torch.zeros(2, 4).double())
         model(batch(step))

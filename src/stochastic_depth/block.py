@@ -73,11 +73,12 @@ class Routes:
             for number, route in enumerate(self.blocks):
                 if learns[number] and route.is_open(reached):
                     reached.add(number)
-        divided: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
+        with_gradient: list[nn.Parameter] = []
+        without: list[nn.Parameter] = []
         for route, owned in self.parameters:
             parameters = (p for each in owned for p in each.parameters() if p.requires_grad)
-            divided[not route.is_open(reached)].extend(parameters)
-        return divided
+            (with_gradient if route.is_open(reached) else without).extend(parameters)
+        return with_gradient, without
 
 
 @dataclass
@@ -131,17 +132,19 @@ class _BranchState:
     """The modules and parameters of a branch at the time when they were collected."""
 
     def __init__(self, owned: Sequence[OwnedParameters]) -> None:
-        names = [(each.owner._modules, each.name) for each in owned]
-        names += [(each.owner._modules, "parametrizations") for each in owned]
-        names = [(modules, name) for modules, name in names if name in modules]
-        self._names = [(modules, name, modules[name]) for modules, name in names]
-        inside = [m for _, _, module in self._names if module is not None for m in module.modules()]
+        self._children = [
+            (each.owner._modules, name, each.owner._modules[name])
+            for each in owned
+            for name in (each.name, "parametrizations")
+            if name in each.owner._modules
+        ]
+        inside = [m for _, _, child in self._children if child is not None for m in child.modules()]
         owners = [each.owner for each in owned if each.name not in each.owner._modules]
         dictionaries = [d for m in inside for d in (m._modules, m._parameters)]
         dictionaries += [owner._parameters for owner in owners]
         self._views = [dictionary.values() for dictionary in dictionaries]
-        self._values = list(chain.from_iterable(self._views))
-        self._numbers = list(map(id, self._values))
+        self._held = list(chain.from_iterable(self._views))  # kept, so that no id is reused
+        self._ids = list(map(id, self._held))
         self.parameters = list(dict.fromkeys(p for each in owned for p in each.parameters()))
         mine = set(self.parameters)
         tables = [m for m in [*inside, *owners] if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
@@ -149,10 +152,10 @@ class _BranchState:
 
     def is_current(self) -> bool:
         """Whether the branch still has the same modules and parameters."""
-        for modules, name, value in self._names:
-            if modules.get(name) is not value:
+        for modules, name, child in self._children:
+            if modules.get(name) is not child:
                 return False
-        return self._numbers == list(map(id, chain.from_iterable(self._views)))
+        return self._ids == list(map(id, chain.from_iterable(self._views)))
 
 
 class ParameterOwners:

@@ -86,18 +86,23 @@ class ClosedGradients:
         result."""
         self._last_parameters: list[nn.Parameter] = []
         if in_ddp or not self._freezes:
-            waiting = in_ddp and bool(self._blocks)
-            reached = set(routes.divide(learns)[0]) if waiting else set[nn.Parameter]()
-            for block in self._blocks:  # collected now: FSDP replaces parameters while gathered
-                parameters = [p for p in block.trained() if p not in reached]
-                if parameters:
-                    self._pending.setdefault(block.observed_module, []).extend(parameters)
-                    self._sparse.update(block.sparse_weights())
-            if not self._freezes and not is_transformed():
-                hooked = (p for ps in self._pending.values() for p in ps if gradient_hooks(p))
-                self._hooked.update(hooked)
+            self._collect_pending()
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 self._observe()
+
+    def _collect_pending(self) -> None:
+        """Collect the parameters of closed blocks now: FSDP replaces parameters while gathered."""
+        reached = set[nn.Parameter]()
+        if self._in_ddp and self._blocks:
+            reached.update(self._routes.divide(self._learns)[0])
+        for block in self._blocks:
+            parameters = [p for p in block.trained() if p not in reached]
+            if parameters:
+                self._pending.setdefault(block.observed_module, []).extend(parameters)
+                self._sparse.update(block.sparse_weights())
+        if not self._freezes and not is_transformed():
+            hooked = (p for ps in self._pending.values() for p in ps if gradient_hooks(p))
+            self._hooked.update(hooked)
 
     def _observe(self) -> None:
         """Observe the outputs of closed blocks, to know when a gradient reaches one of them.
@@ -105,9 +110,8 @@ class ClosedGradients:
         The call of each module is replaced, which costs less than a hook on the module.
         """
         for module in self._pending:
-            before = call_of(module)
-            if before is None or not is_compiled(module):
-                observed = _ObservedCall(self, module, before)
+            if not is_compiled(module):
+                observed = _ObservedCall(self, module, call_of(module))
                 self._observed.append(observed)
                 set_call(module, observed)
 
@@ -117,6 +121,7 @@ class ClosedGradients:
         parameters = self._pending.get(module)
         if parameters is None or get_ident() != self._thread:
             return output
+        # Whole: all of the output is in the graph, so that every gradient meets a hook.
         if type(output) is Tensor:
             tensors = [output] if output.grad_fn is not None else []
             is_whole = bool(tensors)
@@ -126,8 +131,8 @@ class ClosedGradients:
         if not torch.is_grad_enabled() and _is_in_function():
             self._in_functions.add(module)
         if not is_whole:
-            may = bool(tensors) or torch.is_grad_enabled() or module in self._in_functions
-            self._with_gradient[module] = may or self._with_gradient.get(module, False)
+            may_have_one = bool(tensors) or torch.is_grad_enabled() or module in self._in_functions
+            self._with_gradient[module] = may_have_one or self._with_gradient.get(module, False)
         if is_whole and self._connects:
             output = self._connect(output, parameters)
             tensors = in_graph(output)
@@ -230,7 +235,8 @@ class _ObservedCall:
     """Replaces the call of a module whose output is observed."""
 
     __slots__ = ("before", "call", "gradients", "module")
-    is_watching = True
+    is_observer = True
+    """So that `is_compiled` does not take it for compiled code."""
 
     def __init__(
         self, gradients: ClosedGradients, module: nn.Module, before: Callable[..., Any] | None

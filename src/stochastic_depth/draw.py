@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -34,6 +34,9 @@ def draw(
     larger one.
 
     Args:
+        survival: (p_1, ..., p_L) in this step.
+        batch: how many samples the mini-batch has in all processes; None for one coin for each
+            block.
         min_samples: the smallest number of open samples in each block with p_l > 0. Where the coins
             open fewer, the samples with the next smallest random numbers are opened too.
         balance: whether to open a constant number of blocks, see `balanced_blocks`, or of the
@@ -56,11 +59,10 @@ def draw(
         )
     u = uniforms(blocks * batch, "gates", own, step).view(blocks, batch)
     if balance:
-        ends = [part * batch // parts for part in range(parts + 1)]
         return torch.cat(
             [
                 _smallest(u[:, first:end], survival, min_samples, multiple_of)
-                for first, end in pairwise(ends)
+                for first, end in _divided(batch, parts)
             ],
             dim=1,
         )
@@ -70,6 +72,11 @@ def draw(
         smallest = u <= u.kthvalue(min(min_samples, batch), dim=1, keepdim=True).values
         coins |= smallest & (p > 0)
     return coins
+
+
+def _divided(count: int, parts: int) -> Iterator[tuple[int, int]]:
+    """The range, from `first` to below `end`, of each of `parts` consecutive parts of `count`."""
+    return pairwise(part * count // parts for part in range(parts + 1))
 
 
 def balanced_blocks(survival: tuple[float, ...], order: Sequence[int], start: float) -> Tensor:
@@ -104,8 +111,8 @@ more two of them depend on each other."""
 def _random_order(u: Tensor) -> list[int]:
     """The blocks from 0, sorted by `u` within up to three consecutive parts of equal size."""
     parts = max(1, min(3, len(u) // _FEWEST_IN_A_PART))
-    ends = [part * len(u) // parts for part in range(parts + 1)]
-    return [n + first for first, end in pairwise(ends) for n in u[first:end].argsort().tolist()]
+    ranges = _divided(len(u), parts)
+    return [n + first for first, end in ranges for n in u[first:end].argsort().tolist()]
 
 
 _UNITS = 2**44
@@ -167,28 +174,26 @@ def expected_share(p: float, samples: int, min_samples: int) -> float:
 def open_share(
     p: float,
     samples: int,
-    min_samples: int = 0,
     *,
-    balance: bool = False,
-    multiple_of: int = 1,
-    parts: int = 1,
-    first: int = 0,
-    whole: int | None = None,
+    first: int,
+    whole: int,
+    min_samples: int,
+    balance: bool,
+    multiple_of: int,
+    parts: int,
 ) -> float:
     """The expected share of `samples` samples that `draw` opens for a block.
 
     It is p, unless the number of samples is rounded or has a minimum.
 
     Args:
-        first, whole: where these samples begin in the mini-batch, and how many samples that has; by
-            default they are all of it.
+        first, whole: where these samples begin in the mini-batch, and how many samples that has.
+        min_samples, balance, multiple_of, parts: as for `draw`.
     """
-    whole = samples if whole is None else whole
     if not balance:
         return expected_share(p, whole, min_samples)
-    ends = [part * whole // parts for part in range(parts + 1)]
     opened = 0.0
-    for start, end in pairwise(ends):
+    for start, end in _divided(whole, parts):
         here = min(end, first + samples) - max(start, first)
         if here > 0:
             opened += here * subset_size(p, end - start, min_samples, multiple_of) / (end - start)

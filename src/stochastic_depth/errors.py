@@ -12,7 +12,7 @@ class SurvivalError(StochasticDepthError, ValueError):
 
 
 class GateError(StochasticDepthError, ValueError):
-    """Gates that do not fit the model, are not drawn yet, or were drawn for a different batch."""
+    """Gates that do not fit the model, the mini-batch or the call; or that are not drawn."""
 
 
 class AdditionNotReachedError(GateError):
@@ -23,7 +23,7 @@ class AdditionNotReachedError(GateError):
 
 
 class ApplyError(StochasticDepthError, ValueError):
-    """A model in which nothing can be skipped, or that has stochastic depth already."""
+    """A model to which a function cannot be applied, or an argument that does not fit it."""
 
 
 class ExampleError(ApplyError):

@@ -25,21 +25,23 @@ class GateSettings:
     skipped: SkippedPolicy = "paper"
 
     def __post_init__(self) -> None:
-        scales = ("none",) if self.closed == "forward-only" else ("inference", "training")
         require_choice("gate", self.gate, get_args(GateKind))
         require_choice("closed", self.closed, get_args(Closed))
         require_choice("skipped", self.skipped, get_args(SkippedPolicy))
-        if self.closed == "forward-only" and self.gate != "batch":
+        require_choice("balance", self.balance, (True, False))
+        object.__setattr__(self, "balance", bool(self.balance))
+        if self.closed == "skipped":
+            require_choice("scale", self.scale, ("inference", "training"))
+        elif self.gate != "batch":
             raise ApplyError(
                 f'closed="forward-only" needs gate="batch", this is gate="{self.gate}": '
                 "forward-only blocks are drawn per mini-batch"
             )
-        if self.closed == "forward-only" and self.scale != "none":
+        elif self.scale != "none":
             raise ApplyError(
                 f'scale="{self.scale}" with closed="forward-only": every branch is added in every '
                 "step, so there is no expectation to correct; leave scale out"
             )
-        require_choice("scale", self.scale, scales)
         for name, least in (("min_samples", 0), ("multiple_of", 1)):
             number = whole_number(getattr(self, name))
             if number is None or number < least:
@@ -59,7 +61,7 @@ class GateSettings:
             )
 
 
-def require_choice(option: str, value: object, known: tuple[str, ...]) -> None:
+def require_choice(option: str, value: object, known: tuple[object, ...]) -> None:
     """Raise `ApplyError` unless `value` is one of `known`."""
     if value not in known:
         raise ApplyError(f"{option}={value!r}: choose one of {', '.join(map(repr, known))}")

@@ -38,7 +38,7 @@ class Forced(NamedTuple):
     """Whether to apply the evaluation factor to open branches."""
 
 
-ROUNDING = 0.05
+_ROUNDING = 0.05
 """How much the share of samples on which a block runs may differ from p_l, relative to it, before
 there is a warning."""
 
@@ -106,8 +106,9 @@ class Handle:
         self.observers: list[Callable[[list[Gate] | None], None]] = []
         """Called when a forward pass begins, with its gates; with None in evaluation."""
         self._coins: Tensor | None = None
-        self._unrounded: object = None
-        """The last p_l and number of samples without a warning of rounding; or "warned"."""
+        self._seen_for_rounding: tuple[Any, ...] = ()
+        """The p_l and the shape of the coins for which `_warn_of_rounding` was called last."""
+        self._warned_of_rounding = False
         self._drawn: int | None = None
         """The step of the last draw, unless `step` was set to a different one since."""
         self._survival: tuple[float, ...] = ()
@@ -127,7 +128,7 @@ class Handle:
 
     @property
     def scale(self) -> Scale:
-        """Where branches are scaled: by p_l at inference, or by 1 / p_l in training."""
+        """Where branches are scaled: by p_l at inference, by 1 / p_l in training, or nowhere."""
         return self.settings.scale
 
     @property
@@ -188,8 +189,9 @@ class Handle:
     def gates(self) -> Tensor:
         """The gates of the last step: bool [L], or [L, batch] with gates for single samples.
 
-        These are the gates that were drawn. As with `nn.Dropout`, what a block does depends on the
-        mode of the module that makes its addition. If that module is in evaluation mode in the
+        These are the gates that were drawn or forced; under `full_depth`, all with p_l > 0 are
+        open. As with `nn.Dropout`, what a block does depends on the mode of the module that makes
+        its addition. If that module is in evaluation mode in the
         middle of training, as frozen layers are, the block runs and is scaled as in evaluation.
 
         Raises:
@@ -218,6 +220,10 @@ class Handle:
             `find_unused_parameters=True`, because the output of the parts is not known here. For
             the same reason, an optimizer that steps in the backward pass leaves closed blocks alone
             whose input needs no gradient, or that reentrant checkpointing runs.
+
+        Raises:
+            GateError: when `sd.apply` has not returned this handle; or when gates for single
+                samples are to be drawn and `batch` is not given.
         """
         if self.passes is None:
             raise GateError("this handle has no model: use the one that sd.apply has returned")
@@ -232,9 +238,12 @@ class Handle:
             GateError: when gates for single samples are to be drawn and `batch` is not given.
         """
         if self._in_training is not None:
-            if self._in_training != "full depth":
+            gates = self._gates_while_forced()
+            if self._in_training == "full depth":
+                self._coins = torch.tensor([gate.open for gate in gates], device="cpu")
+            else:
                 self._coins = self._in_training.coins
-            return self._gates_while_forced()
+            return gates
         self._require_number_of_samples(batch)
         if self.optimizer_steps is not None:
             self.step = self.optimizer_steps()
@@ -268,28 +277,29 @@ class Handle:
             open_share(
                 p,
                 samples,
-                settings.min_samples,
+                first=first,
+                whole=whole,
+                min_samples=settings.min_samples,
                 balance=settings.balance,
                 multiple_of=settings.multiple_of,
                 parts=self.balanced_parts,
-                first=first,
-                whole=whole,
             )
             for p in self._survival
         ]
 
     def _warn_of_rounding(self, coins: Tensor) -> None:
         """Warn, once, where evaluation multiplies by p_l and training opens a different share."""
-        case = self._survival, coins.shape
-        if self._unrounded in ("warned", case) or self.scale != "inference" or coins.ndim == 1:
+        if self._warned_of_rounding or self.scale != "inference" or coins.ndim == 1:
             return
-        self._unrounded = case
-        shares = zip(self._shares(coins), self._survival, self.blocks, strict=True)
-        excess = {abs(share / p - 1): (share, p, block.name) for share, p, block in shares if p > 0}
-        worst = max(excess, default=0.0)
-        if worst > ROUNDING:
-            share, p, name = excess[worst]
-            self._unrounded = "warned"
+        case = self._survival, coins.shape
+        if case == self._seen_for_rounding:
+            return
+        self._seen_for_rounding = case
+        blocks = zip(self._shares(coins), self._survival, self.blocks, strict=True)
+        changes = [(abs(share / p - 1), share, p, block.name) for share, p, block in blocks if p]
+        change, share, p, name = max(changes, default=(0.0, 1.0, 1.0, ""))
+        if change > _ROUNDING:
+            self._warned_of_rounding = True
             warnings.warn(
                 f"block {name!r} runs on {100 * share:.0f} % of the samples, because their number "
                 f"is rounded, but evaluation multiplies its branch by p_l = {p:.3g}: "
@@ -349,9 +359,9 @@ class Handle:
 
         The branch of a closed block is not executed; under closed="forward-only" it runs without a
         graph in training. Nothing is drawn and no step is counted. Parts of the model may be called
-        too. Afterwards the earlier gates are in force again. Contexts
-        may be nested: the innermost one counts. They hold in all threads; a copy of the model that
-        is made meanwhile has its usual gates.
+        too. Afterwards the earlier gates are in force again. Contexts may be nested: the innermost
+        one counts. They hold in all threads; a copy of the model that is made meanwhile has its
+        usual gates.
 
         Args:
             gates: which blocks are open, bool [L]; or for which samples, bool [L, batch]. With all
@@ -482,22 +492,27 @@ class Handle:
             GateError: when their type or shape is wrong.
         """
         blocks = len(self.blocks)
+        form = f"bool [{blocks}], one gate for each block"
+        form += f", or bool [{blocks}, batch]" if 2 in dimensions else ""
         try:
             coins = torch.as_tensor(gates, device="cpu").clone()
-            shape = coins.dtype == torch.bool and coins.ndim in dimensions and len(coins)
+        except (TypeError, ValueError, RuntimeError) as error:  # or rows of different lengths
+            raise GateError(f"gates are given as {form}, not as {gates!r}") from error
+        if coins.dtype != torch.bool or coins.ndim not in dimensions or len(coins) != blocks:
             given = f"{coins.dtype} {list(coins.shape)}"
-        except (TypeError, ValueError, RuntimeError):  # not numbers, or rows of different lengths
-            coins, shape, given = torch.empty(0), None, repr(gates)
-        if shape != blocks:
-            form = f"bool [{blocks}], one gate for each block"
-            form += f", or bool [{blocks}, batch]" if 2 in dimensions else ""
             raise GateError(f"gates are given as {form}, not as {given}")
         return Forced(coins, scaled)
 
     def _gates_of(self, forced: Forced, closed: Closed = "skipped") -> list[Gate]:
-        per_block = forced.coins.ndim == 1
-        kind = "batch" if per_block else "sample" if self.gate == "batch" else self.gate
-        closed = closed if per_block else "skipped"
+        """The gates that a user has given, one for each block.
+
+        Args:
+            closed: what closed blocks do, where all samples have the same gate.
+        """
+        kind: GateKind = "batch"
+        if forced.coins.ndim == 2:
+            kind = "sample" if self.gate == "batch" else self.gate
+            closed = "skipped"
         shares = self._shares(forced.coins)
         gates = training_gates(forced.coins, self._survival, kind, self.scale, shares, closed)
         if not forced.scaled:

@@ -71,35 +71,42 @@ class ForwardHooks:
         call = self._enter(frame_of_module_call())
         self._gate_readers.warn_of_replaced(model)
         if not (model.training or any(block.is_training for block in self.blocks)):
-            differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            if differentiable and backward_pass() is None:
-                self._begin(call, None, replicated=False)
-            else:
-                self._notify_observers(None)
-            return
-        if is_data_parallel_copy(model):
+            self._begin_evaluation(call)
+        elif is_data_parallel_copy(model):
             raise GateError(
                 "nn.DataParallel runs copies of the model in threads, which would draw different "
                 "gates: use torch.nn.parallel.DistributedDataParallel, one process for each GPU "
                 "(torchrun), or one GPU (CUDA_VISIBLE_DEVICES=0)"
             )
-        if backward_pass() is not None:
-            again = self._pass_of_backward()
-            if again is None or again.gates is None:
-                raise GateError(
-                    "the model is called in training mode within a backward pass, and it is "
-                    "not known which of its forward passes is recomputed there: use "
-                    "checkpoint(..., use_reentrant=False)"
-                )
-            again.backward_begins()
-            call.recomputed = again
-            set_training_gates(self.blocks, again.gates)
-            return
-        self._refuse_threads()
-        batch = None if self.handle.gate == "batch" else batch_size((args, kwargs))
-        with outside_transforms():
-            gates = self.handle.next_gates(batch)
-        self._begin(call, gates, uses_replicate(model))
+        elif backward_pass() is not None:
+            self._begin_recomputation(call)
+        else:
+            self._refuse_threads()
+            batch = None if self.handle.gate == "batch" else batch_size((args, kwargs))
+            with outside_transforms():
+                gates = self.handle.next_gates(batch)
+            self._begin(call, gates, uses_replicate(model))
+
+    def _begin_evaluation(self, call: "_ModelCall") -> None:
+        """Begin a pass in evaluation, which may have a backward pass too."""
+        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if differentiable and backward_pass() is None:
+            self._begin(call, None, replicated=False)
+        else:
+            self._notify_observers(None)
+
+    def _begin_recomputation(self, call: "_ModelCall") -> None:
+        """Begin a pass that a backward pass recomputes, under the gates that it had."""
+        again = self._pass_of_backward()
+        if again is None or again.gates is None:
+            raise GateError(
+                "the model is called in training mode within a backward pass, and it is "
+                "not known which of its forward passes is recomputed there: use "
+                "checkpoint(..., use_reentrant=False)"
+            )
+        again.backward_begins()
+        call.recomputed = again
+        set_training_gates(self.blocks, again.gates)
 
     @never_traced
     def after_forward(self, model: nn.Module, args: tuple, output: Any) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeGuard
 
 from stochastic_depth.errors import SurvivalError
+from stochastic_depth.numbers import real_number, whole_number
 from stochastic_depth.schedules import Schedule, share_at
 
 SurvivalRule = Callable[[int, int], float]
@@ -89,10 +90,7 @@ class StepDependent:
         Raises:
             SurvivalError: when the rule gives a number outside [0, 1].
         """
-        return tuple(
-            _checked(lambda block, blocks: self.rule(block, blocks, step), *at, True, self.rule)
-            for at in self.positions
-        )
+        return tuple(_checked(self.rule, (*at, step), zero=True) for at in self.positions)
 
     def to_json(self) -> dict[str, Any]:
         """The rule and its p_l in step 0 as plain values, for checkpoints."""
@@ -104,6 +102,7 @@ Probabilities = Scheduled | StepDependent
 
 
 def _described(function: object) -> dict[str, Any] | None:
+    """The name of a rule or schedule, and the values of its fields if it is a dataclass."""
     if function is None:
         return None
     kind = function if hasattr(function, "__qualname__") else type(function)
@@ -120,7 +119,10 @@ def _plain(value: object) -> Any:
         return [_plain(each) for each in value]
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
-    return _described(value) if is_dataclass(value) or callable(value) else value
+    if is_dataclass(value) or callable(value):
+        return _described(value)
+    numbers = (number for number in (whole_number(value), real_number(value)) if number is not None)
+    return next(numbers, value)
 
 
 def survival_probabilities(rule: SurvivalRule, blocks: int) -> tuple[float, ...]:
@@ -131,7 +133,7 @@ def survival_probabilities(rule: SurvivalRule, blocks: int) -> tuple[float, ...]
             number.
     """
     _require_rule(rule)
-    return tuple(_checked(rule, block, blocks) for block in range(1, blocks + 1))
+    return tuple(_checked(rule, (block, blocks)) for block in range(1, blocks + 1))
 
 
 def _require_rule(rule: object) -> None:
@@ -205,7 +207,7 @@ def _by_block(
     if isinstance(survival, str) or not isinstance(survival, Mapping | Sequence):
         _require_rule(survival)
         rule: SurvivalRule = survival  # type: ignore[assignment]
-        return tuple(_checked(rule, *at, zero) for at in _positions(names, stacks))
+        return tuple(_checked(rule, at, zero) for at in _positions(names, stacks))
     if stacks:
         raise SurvivalError(f"stacks={stacks!r} needs a rule: p_l is given block by block")
     if isinstance(survival, Mapping):
@@ -223,14 +225,14 @@ def _by_block(
         )
     given = list(survival)
     return tuple(
-        _checked(lambda block, _: given[block - 1], n + 1, len(names), zero, "survival")
-        for n in range(len(names))
+        _checked(lambda block, _: given[block - 1], (n, len(names)), zero, shown="survival")
+        for n in range(1, len(names) + 1)
     )
 
 
 def _positions(names: Sequence[str], stacks: str | Sequence[str]) -> tuple[tuple[int, int], ...]:
     """(l, L) of each block within its stack."""
-    stacks = [stacks] if isinstance(stacks, str) else stacks
+    stacks = [stacks] if isinstance(stacks, str) else list(stacks)
     stack_of = [
         max((s for s in stacks if name == s or name.startswith(f"{s}.")), key=len, default=None)
         for name in names
@@ -238,7 +240,7 @@ def _positions(names: Sequence[str], stacks: str | Sequence[str]) -> tuple[tuple
     for stack in stacks:
         if stack not in stack_of:
             raise SurvivalError(
-                f"stacks={list(stacks)}: no block belongs to {stack!r} (a block belongs to the "
+                f"stacks={stacks}: no block belongs to {stack!r} (a block belongs to the "
                 "innermost listed stack); sd.plan shows the blocks"
             )
     return tuple(
@@ -247,21 +249,27 @@ def _positions(names: Sequence[str], stacks: str | Sequence[str]) -> tuple[tuple
 
 
 def _checked(
-    rule: SurvivalRule, block: int, blocks: int, zero: bool = False, of: object = None
+    rule: Callable[..., float], arguments: tuple[int, ...], zero: bool = False, shown: str = ""
 ) -> float:
+    """The survival probability `rule(*arguments)`.
+
+    Args:
+        arguments: (l, L), or (l, L, t) for a rule of the step.
+        zero: whether p_l = 0 is allowed.
+        shown: how errors call the rule.
+
+    Raises:
+        SurvivalError: when it is not a number, or outside (0, 1], or [0, 1] with `zero`.
+    """
+    block, blocks, *_ = arguments
+    shown = shown or repr(rule)
     try:
-        p = float(rule(block, blocks))
+        p = float(rule(*arguments))
     except (TypeError, ValueError) as error:
-        raise SurvivalError(
-            f"{_shown(of or rule)} gives no number for block {block}: {error}"
-        ) from error
+        raise SurvivalError(f"{shown} gives no number for block {block}: {error}") from error
     if not (0 <= p <= 1 if zero else 0 < p <= 1):
         raise SurvivalError(
-            f"{_shown(of or rule)} gives block {block} of {blocks} the survival probability {p}; "
+            f"{shown} gives block {block} of {blocks} the survival probability {p}; "
             f"it must be {'at least' if zero else 'above'} 0 and at most 1"
         )
     return p
-
-
-def _shown(rule: object) -> str:
-    return rule if isinstance(rule, str) else repr(rule)

@@ -8,17 +8,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each call of one alternative."""
+    """One number for each round: the seconds of an alternative, or what is computed from them."""
 
-    seconds: tuple[float, ...]
+    values: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        return statistics.median(self.seconds)
+        return statistics.median(self.values)
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        """The first and the third quartile, of at least two rounds."""
+        low, _, high = statistics.quantiles(self.values, n=4, method="inclusive")
         return low, high
 
 

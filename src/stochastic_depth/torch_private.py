@@ -354,7 +354,7 @@ def whole_call(module: nn.Module) -> Call:
 def is_compiled(module: nn.Module) -> bool:
     """Whether `module.compile()` was called. Replacement: a public property of modules."""
     call = call_of(module)
-    return call is not None and not getattr(call, "is_watching", False)
+    return call is not None and not getattr(call, "is_observer", False)
 
 
 def is_compiler_error(error: BaseException) -> bool:

@@ -54,6 +54,13 @@ def programmed(blocks, survival=None, dtype=torch.float64, kernels=None, replay=
     return model, optimizer, Program(model, handle, optimizer, shape, dtype, kernels, replay)
 
 
+class Doubled(CifarResNet):
+    """A network with a forward method of its own, which the program does not know."""
+
+    def forward(self, images):
+        return 2 * super().forward(images)
+
+
 class Statically:
     """As CUDA graphs are: warmed up, and with memory that is never given back."""
 
@@ -158,6 +165,36 @@ def test_random_patterns_of_54_blocks_are_autograds(scale, skipped, replay):
         assert program.handle.gates.equal(handle.gates)
     assert not handle.gates.all()
     assert_same_state((model, optimizer), (twin, twins_optimizer), rtol=1e-9, atol=1e-12)
+
+
+def in_full_depth(handle):
+    return handle.full_depth()
+
+
+def with_all_open(handle):
+    return handle.forced([True] * 6)
+
+
+@pytest.mark.parametrize("context", [in_full_depth, with_all_open])
+def test_gates_that_are_not_drawn_are_scaled_as_autograds(context):
+    options = {"scale": "training", "schedule": sd.Decreasing(9, 10)}  # the last block has p_l = 0
+    model, optimizer, program = programmed(6, sd.LinearDecay(0), **options)
+    twin, handle, twins_optimizer = network(6, sd.LinearDecay(0), **options)
+    with context(program.handle), context(handle):
+        images, labels = mini_batch(0)
+        loss = program.step(images, labels)
+        torch.testing.assert_close(loss, autograd_step(twin, twins_optimizer, images, labels))
+    assert_same_state((model, optimizer), (twin, twins_optimizer), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "context", [in_full_depth, lambda handle: handle.forced([True] * 6, scaled=True)]
+)
+def test_the_scaling_of_evaluation_is_refused_in_a_step(context):
+    _, _, program = programmed(6, sd.Uniform(0.5))
+    program.step(*mini_batch(0))
+    with context(program.handle), pytest.raises(sd.errors.EngineError, match="by p_l"):
+        program.step(*mini_batch(1))
 
 
 def test_with_memory_of_its_own_nothing_is_left_from_warming_up():
@@ -271,6 +308,7 @@ def test_bfloat16_is_that_of_autocast():
     ("build", "named"),
     [
         (lambda: (DenseNet(10, 4), None), "DenseNet"),
+        (lambda: (Doubled(8), None), "Doubled"),
         (lambda: network(3, sd.Uniform(0.5), gate="sample")[:2], 'gate="batch"'),
         (
             lambda: network(3, sd.Uniform(0.5), closed="forward-only", scale=None)[:2],
@@ -291,6 +329,16 @@ def test_other_optimizers_are_refused():
     model, handle, _ = network(3)
     with pytest.raises(sd.errors.EngineError, match="this is AdamW with 1: use --engine eager"):
         Program(model, handle, torch.optim.AdamW(model.parameters()), (4, 3, 8, 8), torch.float64)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_parameter_that_is_not_trained_is_named(frozen):
+    model, handle, _ = network(3)
+    model.stem[0].weight.requires_grad_(not frozen)
+    trained = [p for p in model.parameters() if frozen or p is not model.stem[0].weight]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    with pytest.raises(sd.errors.EngineError, match=r"'stem\.0\.weight' is frozen, or not"):
+        Program(model, handle, optimizer, (4, 3, 8, 8), torch.float64)
 
 
 def test_dampening_is_refused():

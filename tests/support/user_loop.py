@@ -749,6 +749,14 @@ def batch_normalisation_over_all_ranks_is_that_of_the_whole_mini_batch() -> None
         torch.testing.assert_close(synced.eval()(x), plain.eval()(x), **close)
 
 
+def batch_normalisation_of_a_single_value_is_refused() -> None:
+    norm = synchronise_batchnorm(nn.BatchNorm2d(3))
+    x = torch.ones(int(dist.get_rank() == 0), 3, 1, 1)  # the other ranks have no samples
+    with pytest.raises(sd.errors.ConfigError, match="all ranks together have 1"):
+        norm(x)
+    assert norm.running_var.isfinite().all()
+
+
 # a checkpoint of two ranks, of one, of four
 
 
@@ -798,6 +806,7 @@ EVERYWHERE = (
     gates_by_rank_differ_and_gradients_are_the_mean,
     sharded_by_branches_it_trains_like_one_process_and_closed_blocks_communicate_nothing,
     batch_normalisation_over_all_ranks_is_that_of_the_whole_mini_batch,
+    batch_normalisation_of_a_single_value_is_refused,
 )
 ON_TWO = (
     *EVERYWHERE,

@@ -182,6 +182,7 @@ def test_a_model_without_residual_units_is_an_error_not_a_silent_no_op() -> None
         ("gate", "'batch', 'sample', 'subset'"),
         ("scale", "'inference', 'training'"),
         ("skipped", "'paper', 'freeze'"),
+        ("balance", "True, False"),
     ],
 )
 def test_an_unknown_setting_lists_the_known_ones(setting: str, known: str) -> None:
@@ -211,7 +212,7 @@ def test_a_bad_probability_leaves_the_model_untouched(rule, reason) -> None:
 
 
 @pytest.mark.parametrize("function", [sd.apply, sd.plan])
-@pytest.mark.parametrize("rate", ["0.5", 1.0, -0.1])
+@pytest.mark.parametrize("rate", ["0.5", 1.0, -0.1, False])
 def test_a_bad_drop_rate_is_named(function, rate) -> None:
     named = f"drop_rate={rate!r}: it must be a number, at least 0 and below 1"
     with pytest.raises(sd.errors.SurvivalError, match=named):

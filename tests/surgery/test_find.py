@@ -11,6 +11,7 @@ from torch import nn
 
 import stochastic_depth as sd
 from stochastic_depth.surgery.find.find_blocks import find_blocks
+from stochastic_depth.surgery.select_modules import select_modules
 
 X = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -310,8 +311,9 @@ def calls_to_find(layers: int) -> int:
     """How many functions are called to find the blocks of a trunk."""
     profile = cProfile.Profile()
     model = TwiceALayer(layers).double()
+    selected = select_modules(model, None, None)
     found = profile.runcall(
-        find_blocks, model, X, "block", None, (), defer=set[str](), count_flops=False
+        find_blocks, model, X, "block", selected, defer=set[str](), count_flops=False
     )
     assert [block.name for block in found.blocks] == [f"layers.{n}" for n in range(layers)]
     return pstats.Stats(profile).total_calls

@@ -359,6 +359,29 @@ def test_residual_units_and_foreign_blocks_are_numbered_as_they_run():
     model(X).sum().backward()
 
 
+class KeepsOutput(nn.Module):
+    """Rewritten, its first layer would always run, so that it is found again and deferred."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        self.output = self.first(x)
+        return x + self.second(self.output)
+
+
+def test_a_generator_of_names_chooses_the_blocks_however_often_they_are_found():
+    model = nn.Sequential(nn.Linear(4, WIDTH), Left(), KeepsOutput(), Left()).double()
+    plan = sd.plan(model, X, exclude=iter(["1"]))
+    assert [(each.name, each.mechanism) for each in plan.blocks] == [
+        ("2", "deferred"),
+        ("3", "slice"),
+    ]
+    handle = sd.apply(model, example=X, exclude=iter(["1"]))
+    assert [block.name for block in handle.blocks] == ["2", "3"]
+
+
 def test_a_predicate_or_classes_choose_the_blocks():
     model = nn.Sequential(nn.Linear(4, WIDTH), Left(), Right(), Left()).double()
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+aten = torch.ops.aten
+
 
 @dataclass
 class BatchNorm:
@@ -45,9 +47,6 @@ class Linear:
     bias: Tensor
     weight_gradient: Tensor
     bias_gradient: Tensor
-
-
-aten = torch.ops.aten
 
 
 class Kernels:

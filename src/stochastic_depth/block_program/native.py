@@ -258,12 +258,12 @@ class NativeKernels(Kernels):
 
     def _is_stem(self, images: Tensor, layer: Layer, out: Tensor) -> bool:
         """Whether there is a kernel for this stem."""
-        few, (height, width) = images.shape[1] <= 4, images.shape[2:]
-        last = images.is_contiguous(memory_format=torch.channels_last)
-        is_like = images.dtype == out.dtype and last and _is_image(out, self._dtype)
+        height, width = images.shape[2:]
         return (
-            few
-            and is_like
+            _is_image(out, self._dtype)
+            and images.dtype == out.dtype
+            and images.is_contiguous(memory_format=torch.channels_last)
+            and images.shape[1] <= 4
             and layer.stride == 1
             and out.shape[1] == 16
             and height == width
@@ -315,15 +315,13 @@ def _widened(layer: Layer) -> Layer:
 
 def _is_image(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether a tensor has this type, is channels_last, and has a multiple of 16 channels."""
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    return x.dtype == dtype and last and x.shape[1] % 16 == 0
+    is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    return x.dtype == dtype and is_channels_last and x.shape[1] % 16 == 0
 
 
 def _are_pooled(x: Tensor, out: Tensor, dtype: torch.dtype) -> bool:
     """Whether there is a kernel for pooling x to out."""
-    halved = all(
-        before == 2 * after for before, after in zip(x.shape[2:], out.shape[2:], strict=True)
-    )
+    halved = x.shape[2:] == (2 * out.shape[2], 2 * out.shape[3])
     return halved and _is_image(x, dtype) and _is_image(out, dtype)
 
 

@@ -58,7 +58,8 @@ class Program:
         replay: how pieces are repeated; eagerly if not given.
 
     Raises:
-        EngineError: when it does not support the model, its gates or the optimizer.
+        EngineError: when it does not support the model, its gates or the optimizer; or when a
+            parameter is frozen, or not one of the optimizer's.
     """
 
     def __init__(
@@ -142,12 +143,24 @@ class Program:
         return counters
 
     def _draw(self) -> list[bool]:
+        """Draw the next gates, and return which blocks are open.
+
+        Raises:
+            EngineError: when a gate multiplies its branch by p_l, as gates of evaluation do.
+        """
         if self.handle is None:
             return [True] * len(self.blocks)
-        self.handle.draw()
+        gates = self.handle.next_gates()
+        factors = [gate.factor for gate in gates]
         if self.handle.scale == "training":
-            self.factors.copy_(1 / torch.tensor(self.handle.survival, dtype=torch.float64))
-        return self.handle.gates.tolist()
+            values = [1.0 if factor is None else factor.item() for factor in factors]
+            self.factors.copy_(torch.tensor(values, dtype=torch.float64))
+        elif any(factor is not None for factor in factors):
+            raise EngineError(
+                "the block program does not multiply branches by p_l in a training step, as "
+                "handle.full_depth() and handle.forced(scaled=True) ask for: use --engine eager"
+            )
+        return [gate.open for gate in gates]
 
     def _clear_closed(self, is_open: Sequence[bool]) -> None:
         segments = zip(self.flat.segments[1:-1], is_open, strict=True)
@@ -256,7 +269,7 @@ def why_unsupported(
     network: type[nn.Module], gate: GateKind = "batch", closed: Closed = "skipped"
 ) -> str | None:
     """Why the block program cannot train a network with these gates; None if it can."""
-    if not issubclass(network, CifarResNet):
+    if not issubclass(network, CifarResNet) or network.forward is not CifarResNet.forward:
         return f"the block program is written for CifarResNet, this is {network.__name__}"
     if gate != "batch":
         return f'the block program needs gate="batch", this is gate="{gate}"'
@@ -284,6 +297,13 @@ def _require_supported(
             f"the block program updates by torch.optim.SGD with one group of parameters, this is "
             f"{type(optimizer).__name__} with {len(optimizer.param_groups)}: use --engine eager"
         )
+    trained = {p for p in optimizer.param_groups[0]["params"] if p.requires_grad}
+    for name, parameter in model.named_parameters():
+        if parameter not in trained:
+            raise EngineError(
+                f"the block program updates every parameter, but {name!r} is frozen, or not one of "
+                "the optimizer's: use --engine eager"
+            )
     dampening = optimizer.param_groups[0]["dampening"]
     if dampening:
         raise EngineError(

@@ -12,9 +12,8 @@ from stochastic_depth.randomness import digest
 from stochastic_depth.surgery.applied import handle_of
 from stochastic_depth.torch_private import is_sharded
 
-_CALLS_PER_CHECK = {"cpu": 1}
-"""After how many calls a check is done, by type of device. On a GPU it is every hundredth call,
-because a check synchronises with the GPU."""
+_CALLS_PER_CHECK = 100
+"""After how many calls a check is done on a GPU, because it synchronises with the GPU."""
 
 
 class GateConsistency:
@@ -25,7 +24,7 @@ class GateConsistency:
 
     def __init__(self, handles: Sequence[Handle], group: dist.ProcessGroup | None = None) -> None:
         self._handles, self._group = handles, group
-        self._asked = 0
+        self._calls = 0
 
     def check(self, device: torch.device) -> None:
         """Check every time on a CPU; on a GPU the first time and every hundredth.
@@ -33,9 +32,9 @@ class GateConsistency:
         Raises:
             GateError: as `require_same_gates`.
         """
-        if self._asked % _CALLS_PER_CHECK.get(device.type, 100) == 0:
+        if device.type == "cpu" or self._calls % _CALLS_PER_CHECK == 0:
             require_same_gates(self._handles, self._group)
-        self._asked += 1
+        self._calls += 1
 
 
 def require_same_gates(handles: Sequence[Handle], group: dist.ProcessGroup | None = None) -> None:

@@ -127,7 +127,7 @@ def save_sharded(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
     try:
         save(_state(model, optimizer), checkpoint_id=folder)
     except CheckpointException as error:
-        raise CheckpointError(f"{folder} could not be written: {_first(error)}") from error
+        raise CheckpointError(f"{folder} could not be written: {_first_failure(error)}") from error
 
 
 def load_sharded(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -153,7 +153,7 @@ def load_sharded(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
             )
         load(state, checkpoint_id=folder, planner=DefaultLoadPlanner(allow_partial_load=True))
     except (CheckpointException, OSError) as error:
-        raise CheckpointError(f"{folder} cannot be read: {_first(error)}") from error
+        raise CheckpointError(f"{folder} cannot be read: {_first_failure(error)}") from error
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
     )
@@ -167,7 +167,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]
     return {"model": model_state, "optimizer": optimizer_state, "handle": handle_of(model)}
 
 
-def _first(error: BaseException) -> str:
+def _first_failure(error: BaseException) -> str:
     """The text of the first error on any rank."""
     failures = getattr(error, "failures", {})
     return str(next(iter(failures.values()))[0]) if failures else str(error)

@@ -7,6 +7,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from stochastic_depth.errors import ConfigError
+
 
 def synchronise_batchnorm(model: nn.Module) -> nn.Module:
     """Replace every batch normalisation of `model` by one over all ranks, with the same parameters.
@@ -31,6 +33,9 @@ class CpuSyncBatchNorm(_BatchNorm):
 
     Ioffe and Szegedy 2015, algorithm 1. input: [batch, channels, ...]; the batch may differ between
     ranks.
+
+    Raises:
+        ConfigError: in training, when all ranks together have one value per channel, or none.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -39,6 +44,12 @@ class CpuSyncBatchNorm(_BatchNorm):
         others, shape = [0, *range(2, input.ndim)], [1, -1, *[1] * (input.ndim - 2)]
         x = input if input.dtype == torch.float64 else input.float()
         count = _SumOverRanks.apply(x.new_tensor([x.numel() / x.shape[1]]))
+        if count < 2:
+            raise ConfigError(
+                "batch normalisation needs more than one value per channel to train, and all ranks "
+                f"together have {count.item():.0f}; the input has the shape {list(input.shape)}: "
+                "use larger mini-batches"
+            )
         mean = _SumOverRanks.apply(x.sum(others)) / count
         centred = x - mean.view(shape)
         variance = _SumOverRanks.apply(centred.square().sum(others)) / count

@@ -95,6 +95,7 @@ def restarts() -> int:
 
 
 def may_restart() -> bool:
+    """Whether torchrun restarts these processes when one of them dies."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 

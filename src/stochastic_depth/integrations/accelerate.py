@@ -102,20 +102,20 @@ class _Steps:
                 return FILE if number == 1 else f"{Path(FILE).stem}_{number}.json"
         return None
 
-    def ended(self) -> bool:
-        """Whether the gates follow something else now; then its hooks are removed."""
+    def remove_if_replaced(self) -> bool:
+        """Remove the hooks if the gates follow something else now; returns whether they do."""
         if self.handle.optimizer_steps is self:
             return False
         self.remove()
         return True
 
     def after_step(self, *_: object) -> None:
-        if not self.ended():
+        if not self.remove_if_replaced():
             self.done += 1
 
     def save(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
         accelerator, name = self._accelerator, self.file()
-        if name is None or self.ended():
+        if name is None or self.remove_if_replaced():
             return
         on_each_node = accelerator.project_configuration.save_on_each_node
         if accelerator.is_local_main_process if on_each_node else accelerator.is_main_process:
@@ -123,7 +123,7 @@ class _Steps:
             write_whole(Path(folder) / name, json.dumps(state).encode())
 
     def load(self, models: list[nn.Module], folder: str) -> None:
-        if (name := self.file()) is None or self.ended():
+        if (name := self.file()) is None or self.remove_if_replaced():
             return
         file = Path(folder) / name
         if not file.is_file():

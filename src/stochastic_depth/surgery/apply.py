@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Container, Sequence
-from numbers import Real
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from stochastic_depth.errors import ApplyError, SurvivalError
 from stochastic_depth.gate_settings import GateSettings, require_choice
 from stochastic_depth.handle import Handle
 from stochastic_depth.hooks import ForwardHooks
+from stochastic_depth.numbers import real_number
 from stochastic_depth.schedules import Schedule
 from stochastic_depth.surgery.applied import Applied, store_applied
 from stochastic_depth.surgery.blocks import FoundBlock
@@ -23,7 +23,7 @@ from stochastic_depth.surgery.example import Example
 from stochastic_depth.surgery.find.find_blocks import Found, find_blocks, find_residuals
 from stochastic_depth.surgery.make_skippable import Skippable, make_skippable
 from stochastic_depth.surgery.refuse import refuse
-from stochastic_depth.surgery.select_modules import ModuleSelector
+from stochastic_depth.surgery.select_modules import ModuleSelector, select_modules
 from stochastic_depth.survival import (
     LinearDecay,
     Probabilities,
@@ -171,13 +171,12 @@ def apply(
     )
     seed = integer("seed", seed)
     refuse(model, example)
+    selected = select_modules(model, include, exclude)
 
     def find(defer: Container[str]) -> Found:
         if example is None:
-            return find_residuals(model, include, exclude)
-        return find_blocks(
-            model, example, granularity, include, exclude, defer=defer, count_flops=False
-        )
+            return find_residuals(model, selected)
+        return find_blocks(model, example, granularity, selected, defer=defer, count_flops=False)
 
     made = make_skippable(
         model,
@@ -263,9 +262,10 @@ def asked_survival(
         raise ApplyError(
             f"drop_rate={drop_rate} and survival={survival!r}: give one of them, not both"
         )
-    if not isinstance(drop_rate, Real) or not 0 <= drop_rate < 1:
+    rate = real_number(drop_rate)
+    if rate is None or not 0 <= rate < 1:
         raise SurvivalError(f"drop_rate={drop_rate!r}: it must be a number, at least 0 and below 1")
-    return LinearDecay(1 - drop_rate)
+    return LinearDecay(1 - rate)
 
 
 class ResetAttributes:

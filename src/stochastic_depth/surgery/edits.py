@@ -115,4 +115,4 @@ class EntryEdit:
 
 
 RewriteEdit = AdditionEdit | ArgumentEdit
-Edit = AdditionEdit | ArgumentEdit | RegisteredEdit | DeferredEdit | EntryEdit
+Edit = RewriteEdit | RegisteredEdit | DeferredEdit | EntryEdit

@@ -53,9 +53,10 @@ def gated_class(
     """
     methods, parents = _gated_methods(cls, edits, select, own_forward)
     if "forward" not in methods and isinstance(cls.forward, FunctionType):
-        torchs_own = cls.forward.__module__.partition(".")[0] == "torch"
-        remade = _called if torchs_own else _remade
-        methods["forward"] = remade(cls.forward, cls.forward.__closure__)
+        is_of_torch = cls.forward.__module__.partition(".")[0] == "torch"
+        methods["forward"] = (
+            _called(cls.forward) if is_of_torch else _remade(cls.forward, cls.forward.__closure__)
+        )
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         build, arguments, *rest = super(made, self).__reduce_ex__(protocol)
@@ -199,7 +200,7 @@ def _remade(function: FunctionType, closure: tuple[CellType, ...] | None) -> Fun
     return made
 
 
-def _called(function: FunctionType, _: Any) -> FunctionType:
+def _called(function: FunctionType) -> FunctionType:
     """A function defined in this file that calls `function` of PyTorch.
 
     The compiler begins no graph in a function that is defined in PyTorch's own files.

@@ -122,22 +122,26 @@ class _ModuleState:
         self.module, self.cls = module, type(module)
         self.scripted = isinstance(module, torch.jit.ScriptModule)
         self.training = module.training
-        self.buffers = [] if self.scripted else list(module._buffers.items())
-        self.parameters = [] if self.scripted else list(module._parameters.items())
-        self.attributes = {} if self.scripted else _attributes(module)
+        self.buffers: list[tuple[str, Any]] = []
+        self.parameters: list[tuple[str, Any]] = []
+        self.attributes: dict[str, Any] = {}
+        self.hooks: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         containers: dict[int, Any] = {}
-        held = list(_leaves(list(self.attributes.values()), containers))
+        if self.scripted:  # its dictionaries are not those of other modules
+            held: list[Any] = list(module.buffers(recurse=False))
+        else:
+            self.buffers = list(module._buffers.items())
+            self.parameters = list(module._parameters.items())
+            self.attributes = _attributes(module)
+            hooks = (vars(module).get(name) for name in _HOOKS)
+            self.hooks = [(each, dict(each)) for each in hooks if isinstance(each, dict)]
+            held = [tensor for _, tensor in (*self.buffers, *self.parameters)]
+            held += _leaves(list(self.attributes.values()), containers)
         self.contents = [
-            (tensor, tensor.detach().clone())
-            for tensor in [
-                *(module.buffers(recurse=False) if self.scripted else ()),
-                *(tensor for _, tensor in [*self.buffers, *self.parameters]),
-                *held,
-            ]
-            if isinstance(tensor, Tensor) and has_content(tensor)
+            (each, each.detach().clone())
+            for each in held
+            if isinstance(each, Tensor) and has_content(each)
         ]
-        hooks = [vars(module)[name] for name in _HOOKS if isinstance(vars(module).get(name), dict)]
-        self.hooks = [] if self.scripted else [(each, dict(each)) for each in hooks]
         self.containers = [
             (value, dict(value) if isinstance(value, dict) else list(value))
             for value in containers.values()

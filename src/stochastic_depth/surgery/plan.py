@@ -18,7 +18,7 @@ from stochastic_depth.surgery.make_skippable import Candidates
 from stochastic_depth.surgery.proof.call_counts import still_running
 from stochastic_depth.surgery.record.rejected import listed
 from stochastic_depth.surgery.refuse import refuse
-from stochastic_depth.surgery.select_modules import ModuleSelector
+from stochastic_depth.surgery.select_modules import ModuleSelector, select_modules
 from stochastic_depth.survival import Survival
 
 
@@ -125,17 +125,16 @@ def plan(
     require_choice("granularity", granularity, get_args(Granularity))
     survival = asked_survival(survival, drop_rate)
     refuse(model, example)
+    selected = select_modules(model, include, exclude)
 
     def find(defer: Container[str]) -> Found:
-        return find_blocks(
-            model, example, granularity, include, exclude, defer=defer, count_flops=True
-        )
+        return find_blocks(model, example, granularity, selected, defer=defer, count_flops=True)
 
     candidates = Candidates(find)
     found = _tried(model, example, candidates.found.blocks)
     while candidates.defer({block.name for block in found if block.refusal}):
         found = _tried(model, example, candidates.found.blocks)
-    p = survival_of_blocks(survival, model, found, stacks).at(0)
+    probabilities = survival_of_blocks(survival, model, found, stacks).at(0)
     return Plan(
         tuple(
             PlannedBlock(
@@ -143,13 +142,13 @@ def plan(
                 kind=type(block.module).__name__,
                 shortcut=block.shortcut,
                 mechanism=block.mechanism,
-                survival=survival,
+                survival=p,
                 parameters=sum(model.get_parameter(name).numel() for name in block.parameters),
                 flops=block.flops,
                 refusal=block.refusal,
                 training_only=block.training_only,
             )
-            for block, survival in zip(found, p, strict=True)
+            for block, p in zip(found, probabilities, strict=True)
         ),
         listed(candidates.found.rejected),
     )

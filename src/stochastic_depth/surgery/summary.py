@@ -171,13 +171,13 @@ def summary(model: nn.Module, example: Example) -> Summary:
     run = caller(owner_of(model).forward if training else model, example)
     with preserve_state(model), torch.enable_grad(), opened:
         model.train(training)
-        inputs = _inputs(model, handle.blocks, run)
+        inputs = _inputs(handle.blocks, run)
         forward, backward, uncounted = _count(run)
         counted: dict[tuple[str, ...], tuple[int, int]] = {}
         summaries = []
         around = enclosing(found)
-        for block, each, p, inside in zip(handle.blocks, found, survival, around, strict=True):
-            module, names = block.module, [*each.modules.elements(), *each.parameters]
+        for block, as_found, p, inside in zip(handle.blocks, found, survival, around, strict=True):
+            module, names = block.module, [*as_found.modules.elements(), *as_found.parameters]
             in_branch = sorted(name.removeprefix(block.name) for name in names)
             alike = fingerprint(module), inputs.get(block.name, block.name), str(in_branch)
             if alike not in counted:
@@ -236,7 +236,7 @@ def _count(run: Callable[[], Any]) -> tuple[int, int, Counter[str]]:
     return forward.total, backward.total, forward.uncounted + backward.uncounted
 
 
-def _inputs(model: nn.Module, blocks: list[Block], run: Callable[[], Any]) -> dict[str, str]:
+def _inputs(blocks: Sequence[Block], run: Callable[[], Any]) -> dict[str, str]:
     """For each block, by name, the shapes of its inputs, and which of them need a gradient."""
     inputs: dict[str, str] = {}
 

@@ -77,7 +77,7 @@ def step_costs(
     flops, kept = each(step_flops), each(partial(step_memory, device=runtime.device, steps=1))
     return {
         name: StepCost(
-            statistics.fmean(timed.timings[name].seconds),
+            statistics.fmean(timed.timings[name].values),
             statistics.fmean(flops[name]),
             statistics.fmean(kept[name]),
             max(kept[name]),

@@ -133,7 +133,7 @@ class DepthResult:
         return {
             "clock": self.clock,
             "depths": self.depths,
-            "seconds_per_image": {k: [list(t.seconds) for t in self.seconds[k]] for k in KINDS},
+            "seconds_per_image": {k: [list(t.values) for t in self.seconds[k]] for k in KINDS},
             "bytes_per_image": self.memory,
             "lines": {
                 what: {kind: asdict(line) for kind, line in of_kind.items()}
@@ -196,7 +196,7 @@ def _draw(path: Path, title: str, result: DepthResult) -> None:
 
 
 def _an_image(timing: Timing, batch: int) -> Timing:
-    return Timing(tuple(seconds / batch for seconds in timing.seconds))
+    return Timing(tuple(seconds / batch for seconds in timing.values))
 
 
 def _depth_table(title: str, runtime: Runtime, result: DepthResult) -> Table:

@@ -72,7 +72,7 @@ class Rounds:
         return {name: Timing(tuple(seconds[name] for seconds in self.rounds)) for name in names}
 
     def to_json(self) -> dict[str, Any]:
-        seconds = {name: list(timing.seconds) for name, timing in self.timings.items()}
+        seconds = {name: list(timing.values) for name, timing in self.timings.items()}
         return {"clock": self.clock, "seconds": seconds}
 
 

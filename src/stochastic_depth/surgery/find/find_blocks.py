@@ -32,7 +32,7 @@ from stochastic_depth.surgery.record.additions import discover
 from stochastic_depth.surgery.record.branch_source import Addition
 from stochastic_depth.surgery.record.branches import Analysis
 from stochastic_depth.surgery.record.rejected import Rejected, listed
-from stochastic_depth.surgery.select_modules import ModuleSelector, select_modules
+from stochastic_depth.surgery.select_modules import SelectedModules
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,12 @@ class Found:
     routes: NamedRoutes
 
 
-def find_residuals(
-    model: nn.Module, include: ModuleSelector | None, exclude: ModuleSelector | None
-) -> Found:
+def find_residuals(model: nn.Module, selected: SelectedModules) -> Found:
     """Find the `Residual` units of `model`, in order of registration.
 
     Raises:
         ApplyError: when there are none.
     """
-    selected = select_modules(model, include, exclude)
     blocks = [
         residual_block(name, module, 0)
         for name, module in model.named_modules()
@@ -71,8 +68,7 @@ def find_blocks(
     model: nn.Module,
     example: Example,
     granularity: Granularity,
-    include: ModuleSelector | None,
-    exclude: ModuleSelector | None,
+    selected: SelectedModules,
     *,
     defer: Container[str],
     count_flops: bool,
@@ -85,7 +81,6 @@ def find_blocks(
     Raises:
         ApplyError: when there are none.
     """
-    selected = select_modules(model, include, exclude)
     settings = BlockSettings(dict(model.named_modules()), selected, granularity, defer)
     run = caller(model, example)
     additions, analysis, not_residual = _added_in_evaluation(model, run, count_flops)

@@ -139,7 +139,7 @@ def _share(events: Sequence[AdditionEvent], computed: Set[int], analysis: Analys
             inside -= recording.reach(total, began)
         for values in (_from_shortcut(event, inside, recording), inside):
             costs = {value: _cost(value, recording) for value in values}
-            if any(costs.values()):
+            if any(costs.values()):  # otherwise what mixes is not computed from the shortcut
                 break
         saved = sum(cost for value, cost in costs.items() if value in computed)
         shares.append(saved / max(1, sum(costs.values())))

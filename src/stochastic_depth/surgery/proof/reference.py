@@ -73,19 +73,21 @@ class _Bypass(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        if getattr(func, "__name__", "") in ADDITIONS:
-            args, kwargs = by_position(args, kwargs or {})
-        if getattr(func, "__name__", "") in ADDITIONS and len(args) >= 2:
+        kwargs = kwargs or {}
+        is_addition = getattr(func, "__name__", "") in ADDITIONS
+        if is_addition:
+            args, kwargs = by_position(args, kwargs)
+        if is_addition and len(args) >= 2:
             site = call_site_of(sys._getframe(1))
             side = self.occurrences.get((site, self.reached[site]))
             self.reached[site] += 1
             if side is not None:
-                return self._closed(func, args, kwargs or {}, side)
+                return self._closed(func, args, kwargs, side)
             for module, location in locations_in(self.additions, sys._getframe(1)):
                 for edit in self.additions[module]:
                     if edit.location == location:
-                        return self._closed(func, args, kwargs or {}, edit.side)
-        return func(*args, **(kwargs or {}))
+                        return self._closed(func, args, kwargs, edit.side)
+        return func(*args, **kwargs)
 
     def _closed(self, func: Callable[..., Any], args: tuple, kwargs: dict, side: int) -> Tensor:
         result = args[side].clone()

@@ -259,7 +259,7 @@ def recorded(
     recording: Recording,
     on_function: Callable[[Callable[..., Any], tuple[int | None, ...], Any, bool], None],
     count_flops: bool,
-    gradients: bool = False,
+    gradients: bool,
 ) -> Iterator[None]:
     """While entered, record what `model` computes in `recording`.
 
@@ -310,19 +310,19 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        name = getattr(func, "__name__", "")
         inputs = tensors_in((args, kwargs))
         parents = tuple(map(self.recording.number, inputs))
         given = args
-        if kwargs and getattr(func, "__name__", "") in ADDITIONS:
+        if kwargs and name in ADDITIONS:
             given, _ = by_position(args, kwargs)
         operands = tuple(self.recording.number(x) if isinstance(x, Tensor) else None for x in given)
-        if getattr(func, "__name__", "").startswith("addcmul"):
+        if name.startswith("addcmul"):
             parents = operands = self.recording.number(given[0]), self._product(given[1:3])
         before = 0 if self.counter is None else self.counter.total
         counted = [(x, changes_of(x)) for x in inputs if not x.is_inference()]
         out = func(*args, **(kwargs or {}))
         flops = 0 if self.counter is None else self.counter.total - before
-        name = getattr(func, "__name__", "")
         changed = [tensor for tensor, changes in counted if changes_of(tensor) != changes]
         for tensor in changed:
             self.recording.record_change(tensor, name or "a function")
@@ -332,7 +332,7 @@ class _Functions(TorchFunctionMode):
             return out
         first, tensors = len(self.recording.values), tensors_in(out)
         for tensor in tensors:
-            number = self.recording.add(tensor, parents, getattr(func, "__name__", ""), flops)
+            number = self.recording.add(tensor, parents, name, flops)
             self.recording.values[number].together = range(first, first + len(tensors))
             flops = 0
         self.on_function(func, operands, out, scales_second(name, kwargs or {}))
