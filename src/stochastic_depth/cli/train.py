@@ -206,11 +206,11 @@ def _train(run: "Run", batches: "Batches", console: "PlainConsole") -> int:
 
 def run_table(run: "Run") -> "Table":
     """Errors of a finished run, at its best and its last epoch."""
+    from rich.table import Table
+
     from stochastic_depth.train import best_record
 
     records = run.records()
-    from rich.table import Table
-
     table = Table(title=str(run.path), title_justify="left")
     table.add_column("")
     for column in ("epoch", "validation error", "test error"):
