@@ -156,7 +156,9 @@ def _describe(run: Run, batches: Batches, step: int, removed: tuple[int, ...]) -
 
 
 DEPTHS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+"""The shares of blocks at which an elastic network is measured."""
 BATCH, ROUNDS = 64, 15
+"""The images in the batch that is timed, and how many rounds are timed."""
 
 
 def measured(plain: Plain, batches: Batches, runtime: Runtime, progress: Progress) -> Plain:
