@@ -98,6 +98,7 @@ def test_only_what_an_engine_takes_has_the_option():
         ("gates --network timm/resnet18 --depth 20", "--depth is not for timm/resnet18"),
         ("gates --network vit --depth 0", "--depth is 0"),
         ("distributed --ranks 1", "--ranks is 1"),
+        ("distributed --ranks 3 --batch 32", "--ranks is 3 and --batch 32"),
     ],
 )
 def test_an_option_that_cannot_be_met_is_a_wrong_command_line(arguments, said, capsys):

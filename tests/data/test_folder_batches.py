@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from stochastic_depth import data
 from stochastic_depth.data import Batches, FolderBatches, folder_batches
 from stochastic_depth.errors import DataError
 from stochastic_depth.processes import fresh_processes
@@ -25,6 +26,13 @@ def root(tmp_path):
 
 def made(root, **options) -> FolderBatches:
     return FolderBatches(root, **(SETTINGS | options))
+
+
+@pytest.mark.parametrize("options", [{"size": 0}, {"size": -3}, {"workers": -1}])
+def test_a_size_or_a_number_of_workers_below_the_least_is_refused(root, options):
+    ((name, value),) = options.items()
+    with pytest.raises(DataError, match=f"{name}={value}: give"):
+        data.batches("folder", root, batch=4, seed=0, device="cpu", **options)
 
 
 def test_it_is_what_training_needs(root):

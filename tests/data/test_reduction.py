@@ -33,7 +33,7 @@ def test_labels_stay_and_the_full_size_changes_nothing():
     assert torch.equal(reduced("mine", whole, 6).images, whole.images)
 
 
-@pytest.mark.parametrize("size", [5, 16])
+@pytest.mark.parametrize("size", [-2, 0, 5, 16])
 def test_a_size_that_does_not_divide_the_side_is_refused(size):
     with pytest.raises(DataError, match=f"size={size}: the images of digits have 8x8 pixels"):
         load("digits", size=size)

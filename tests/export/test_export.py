@@ -1,6 +1,7 @@
 import hashlib
 import json
 import struct
+from dataclasses import replace
 from importlib.metadata import version
 
 import onnx as onnx_library
@@ -14,9 +15,12 @@ import stochastic_depth as sd
 from stochastic_depth.cli import main
 from stochastic_depth.export import load_export
 from stochastic_depth.export.description import CHECKSUM, KEY
+from stochastic_depth.export.network import plain_network
 from stochastic_depth.models import CifarResNet
-from stochastic_depth.train import reopen, trained_model
+from stochastic_depth.train import begin, reopen, trained_model
 from stochastic_depth.train.weights import checksum
+from support.runs import stop_after
+from support.small_sweep import SMALL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,6 +94,14 @@ def test_a_file_of_any_format_says_where_it_comes_from_in_it_and_beside_it(kind,
         "removed": [],
     }
     assert said["classes"] == list("0123456789")
+
+
+def test_the_last_checkpoint_of_a_run_that_stopped_between_evaluations_has_no_errors(tmp_path):
+    run, images = begin(replace(SMALL, evaluate_every=2), tmp_path / "run")
+    stop_after(3, run, images)
+    assert run.records()[-1].step == 2
+    source = plain_network(run, images, "last").description.source
+    assert (source["validation_error"], source["test_error"], source["best"]) == (None, None, False)
 
 
 def test_torch_export_takes_batches_of_any_size(program, truth):

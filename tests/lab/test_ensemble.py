@@ -1,5 +1,6 @@
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from stochastic_depth.lab.ensemble import (
     sizes_up_to,
 )
 from stochastic_depth.lab.recorded import load_trained
-from stochastic_depth.train import best_record
+from stochastic_depth.train import SurvivalConfig, best_record
 
 
 def by_numpy(logits, labels, bins=15):
@@ -180,3 +181,10 @@ def test_a_file_that_was_not_written_so_is_measured_again(network, silent, damag
 def test_constant_depth_is_no_ensemble(pairs, silent):
     with pytest.raises(ConfigError, match="has constant depth"):
         measure_ensemble(load_trained(pairs["constant"][0].path), 2, 0, silent)
+
+
+def test_a_network_whose_closed_blocks_run_forward_is_no_ensemble(network, silent):
+    config = replace(network.run.config, survival=SurvivalConfig(closed="forward-only"))
+    forward_only = replace(network, run=replace(network.run, config=config))
+    with pytest.raises(ConfigError, match="every training step ran the whole network"):
+        measure_ensemble(forward_only, 2, 0, silent)

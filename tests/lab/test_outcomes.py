@@ -118,6 +118,24 @@ def test_a_kind_whose_runs_all_failed_does_not_hold_up_the_others(experiment, tm
     assert [one.records for one in alone.comparable().runs] == [run.records[:1]]
 
 
+def test_each_series_is_named_by_what_is_not_the_default(experiment):
+    (paper,) = experiment.stochastic[0].runs[:1]
+    names = {
+        "linear decay to 0.5": {},
+        "linear decay to 0.5, gate sample": {"gate": "sample"},
+        "linear decay to 0.5, gate subset, balanced": {"gate": "subset", "balance": True},
+        "linear decay to 0.5, early until 0.5 linear": {"schedule": ScheduleConfig("early")},
+        "uniform 0.5, skipped freeze": {"rule": "uniform", "skipped": "freeze"},
+    }
+    runs = []
+    for changes in names.values():
+        survival = replace(paper.run.config.survival, **changes)
+        run = replace(paper.run, config=replace(paper.run.config, survival=survival))
+        runs.append(replace(paper, run=run))
+    (together,) = experiments(runs)
+    assert {series.name for series in together.stochastic} == names.keys()
+
+
 def test_the_headline_is_of_the_paper_or_of_what_differs_in_fewest_settings(experiment):
     (constant, paper) = experiment.series
     forward_only, decreasing, distant, everything = (

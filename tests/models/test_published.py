@@ -71,6 +71,11 @@ def test_a_mistake_in_a_factory_is_not_blamed_on_how_it_is_called():
         published(f"{__name__}:mistaken")
 
 
+def test_options_that_a_factory_cannot_take_are_refused():
+    with pytest.raises(sd.errors.ConfigError, match=r"is called without arguments.*take width"):
+        published(f"{__name__}:with_example", width=3)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

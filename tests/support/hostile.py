@@ -1,6 +1,6 @@
-"""Files that lie, each read in a process with bounded memory.
+"""Hostile files, each read in a process with bounded memory.
 
-`main()` says of each, in a line of JSON, what it came to, its peak memory and its seconds of work.
+`main` prints a line of JSON for each: how reading it ended, its peak memory, its processor seconds.
 """
 
 import io
@@ -224,12 +224,12 @@ def peak() -> int:
 
 
 def main() -> None:
-    """Of those named on the command line, or of all."""
+    """Read the files that are named on the command line, or all."""
     address_space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (address_space + 4 * 2**30,) * 2)
     for name in sys.argv[1:] or HOSTILE:
         with tempfile.TemporaryDirectory() as folder:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             before, began = held(), time.process_time()
             error = None
             try:

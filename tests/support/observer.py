@@ -1,6 +1,6 @@
-"""Looks at a run folder all the time, and says what it ever saw that was not whole.
+"""Reads a run folder again and again, and reports every file that it saw incomplete.
 
-Shares no code with what writes the folder. Ends when its input does; writes one line of JSON.
+It shares no code with what writes the folder, ends when its input does, and prints a line of JSON.
 """
 
 import hashlib

@@ -20,9 +20,9 @@ def environment() -> dict[str, str]:
 
 
 def forked(command: Callable[..., int], *arguments: object, output: Path) -> BaseProcess:
-    """A command under way in a process that need not import all anew.
+    """Start a command in a process that is forked from one which has imported the command line.
 
-    It is forked from one that has imported the command line and done nothing else.
+    So it begins at once, and shares no state with this process.
 
     Args:
         command: a function of words that gives the exit code; of a module.

@@ -1,4 +1,4 @@
-"""Run functions in several processes of one gloo group, and tell what became of each."""
+"""Run functions in several processes of one gloo group, and report which of them failed."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def run_checks(loop: str, folder: Path) -> dict[tuple[str, str], str]:
 
 
 def report(checks: Checks) -> None:
-    """In a started process: run the checks of each stage on its ranks, write what became of them.
+    """In a started process: run the checks of each stage on its ranks, and write their failures.
 
     The ranks are forked: all has been imported by then, and they begin at the same time. A check
     with a parameter gets the folder that all stages share.

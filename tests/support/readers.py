@@ -1,5 +1,6 @@
 """Every reader of foreign bytes as a function of the bytes: for tests and for `make fuzz`."""
 
+import hashlib
 import io
 import json
 import tempfile
@@ -38,7 +39,7 @@ def folder() -> Path:
 
 
 def in_file(read: Callable[[Path], object], name: str = "file") -> Callable[[bytes], None]:
-    """Of a reader of files, one of bytes."""
+    """A reader of bytes, made of a reader of files."""
 
     def of_bytes(content: bytes) -> None:
         path = folder() / name
@@ -49,9 +50,7 @@ def in_file(read: Callable[[Path], object], name: str = "file") -> Callable[[byt
 
 
 def with_checksum(payload: bytes) -> bytes:
-    """A checkpoint whose payload is trusted: what gets past the checksum is fuzzed too."""
-    import hashlib
-
+    """A checkpoint with a right checksum, so that what reads its payload is fuzzed too."""
     return MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload
 
 

@@ -1,4 +1,4 @@
-"""Runs from beginning to end, and whether two of them ended alike, bit for bit."""
+"""Train and interrupt runs, and compare how they ended, bit for bit."""
 
 import dataclasses
 import json
@@ -24,12 +24,13 @@ from stochastic_depth.train.run_folder import checksum
 SILENT = Silent()
 CLOCK = {"seconds", "images_per_second", "peak_memory"}
 STATE = {"run": "a", "step": 7, "weights": torch.arange(50.0), "nested": [1, {"x": None}]}
-"""Of a checkpoint."""
+"""What a checkpoint holds."""
 
 
-def finish(path, config, watch):
+def finish(path, config, callback):
+    """A new run at `path` and its records, after training it to its end."""
     run, images = begin(config, path)
-    return run, list(fit(run, images, watch))
+    return run, list(fit(run, images, callback))
 
 
 def unseen():
@@ -64,7 +65,7 @@ def without_clock(records):
 
 
 def end_state(run):
-    """All that a run ends with and the clock does not touch."""
+    """What a finished run has trained, without what was measured by a clock."""
     state = load_checkpoint(run.checkpoints.path(run.checkpoints.steps()[0]), run.id)
     tensors = {f"model.{k}": v for k, v in state["model"].items()}
     for number, values in state["optimizer"]["state"].items():
@@ -83,32 +84,35 @@ def assert_same_end(run, other):
     assert without_clock(run.records()) == without_clock(other.records())
 
 
-def interrupted_and_resumed(path, config, watch, stops):
-    """The run at `path`, stopped by a signal after each of `stops` steps and gone on with."""
+def interrupted_and_resumed(path, config, stops):
+    """The run at `path`, which a signal stops after each of the steps `stops`, and which is then
+    resumed to its end."""
     run, images = begin(config, path)
-    for stop_at in stops:
-        asked = iter(range(10**9))
-        steps = []
-
-        class Counting(type(watch)):
-            def step(self, training, loss, steps=steps):
-                steps.append(training.step)
-
-        def stop(steps=steps, stop_at=stop_at, asked=asked):
-            next(asked)
-            return 15 if steps and steps[-1] >= stop_at else None
-
-        with pytest.raises(Interrupted) as interrupted:
-            list(fit(run, images, Counting(), stop))
-        assert interrupted.value.signal == 15
-        assert run.checkpoints.steps()[0] == stop_at
+    for step in stops:
+        stop_after(step, run, images)
         run, images = reopen(path)
-    list(fit(run, images, watch))
+    list(fit(run, images, SILENT))
     return run
 
 
+def stop_after(step, run, images):
+    """Train a run until a signal stops it after `step`."""
+
+    class Steps(Silent):
+        done = -1
+
+        def step(self, train_state, loss):
+            self.done = train_state.step
+
+    steps = Steps()
+    with pytest.raises(Interrupted) as interrupted:
+        list(fit(run, images, steps, lambda: 15 if steps.done >= step else None))
+    assert interrupted.value.signal == 15
+    assert run.checkpoints.steps()[0] == step
+
+
 def last_checksum(path: Path, run_id: str) -> str:
-    """What the next line of a journal is written after."""
+    """The checksum of the last line of a journal; the identity of the run if it has none."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return json.loads(lines[-1])["sha256"] if lines else run_id
 

@@ -88,7 +88,7 @@ def every_error_of_the_first_rank_reaches_all(folder: Path) -> None:
 def a_run_with_gates_by_rank_goes_on_bit_for_bit(folder: Path) -> None:
     by_rank = config(rank_gates=True)
     run, records = trained(folder / "by-rank", by_rank)
-    other = interrupted_and_resumed(folder / "in-parts", by_rank, SILENT, stops=[3, 7])
+    other = interrupted_and_resumed(folder / "in-parts", by_rank, stops=[3, 7])
     if dist.get_rank() == 0:
         assert_same_end(run, other)
     survival = tuple(LinearDecay(FINAL)(block, BLOCKS) for block in range(1, BLOCKS + 1))
@@ -109,7 +109,7 @@ def balanced_gates_are_counted_alike_where_a_run_is_resumed_before_its_evaluatio
     by_sample = config("sample")
     balanced = replace(by_sample, survival=replace(by_sample.survival, balance=True))
     run, _ = trained(folder / "balanced", balanced)
-    other = interrupted_and_resumed(folder / "before-evaluation", balanced, SILENT, stops=[5])
+    other = interrupted_and_resumed(folder / "before-evaluation", balanced, stops=[5])
     if dist.get_rank() == 0:
         assert_same_end(run, other)
 

@@ -129,7 +129,7 @@ def test_a_run_stopped_within_an_interval_tells_the_same(engine, small, path, si
     config = replace(small, engine=engine, evaluate_every=10)
     run, images = begin(config, path)
     whole = list(fit(run, images, silent))
-    other = interrupted_and_resumed(tmp_path / "other", config, silent, stops=[3, 7, 15])
+    other = interrupted_and_resumed(tmp_path / "other", config, stops=[3, 7, 15])
     assert without_clock(other.records()) == without_clock(whole)
 
 

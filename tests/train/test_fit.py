@@ -116,14 +116,14 @@ def test_gates_for_single_samples_train_and_resume(small, path, silent, gate, tm
     config = replace(small, survival=SurvivalConfig(final=0.3, gate=gate))
     run, records = finish(path, config, silent)
     assert 0 < records[0].active_blocks < 6
-    other = interrupted_and_resumed(tmp_path / "other", config, silent, stops=[3, 9])
+    other = interrupted_and_resumed(tmp_path / "other", config, stops=[3, 9])
     assert_same_end(run, other)
 
 
 @pytest.mark.parametrize("stops", [[1], [4], [10], [2, 3, 19], [20]])
 def test_a_run_stopped_anywhere_ends_where_it_would_have(small, path, silent, stops, tmp_path):
     run, _ = finish(path, small, silent)
-    other = interrupted_and_resumed(tmp_path / "other", small, silent, stops)
+    other = interrupted_and_resumed(tmp_path / "other", small, stops)
     assert_same_end(run, other)
 
 
@@ -133,7 +133,7 @@ def test_a_schedule_is_resumed_where_it_was(small, path, silent, tmp_path):
     )
     run, records = finish(path, config, silent)
     assert records[0].expected_active_blocks > records[-1].expected_active_blocks
-    assert_same_end(run, interrupted_and_resumed(tmp_path / "other", config, silent, [7]))
+    assert_same_end(run, interrupted_and_resumed(tmp_path / "other", config, [7]))
 
 
 def test_the_same_run_twice_is_the_same(small, path, silent, tmp_path):

@@ -177,7 +177,7 @@ class Ensemble(NetworkQuestion):
 
         asked = self.experiments()
         for recorded in (run for experiment in asked for run in experiment.runs):
-            question.refuse_constant(recorded.run)
+            question.require_ensemble(recorded.run)
         found = self.measured(asked, measure, console)
         for experiment in _titled(asked, console):
             for series in experiment.series:

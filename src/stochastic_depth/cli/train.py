@@ -37,18 +37,17 @@ if TYPE_CHECKING:
 
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 
-TRAIN = """Train one network; everything is written to one run folder.
+TRAIN_ABOUT = """Train one network; everything is written to one run folder.
 
 Resume a run: stochastic-depth train --resume RUN [--data DIR] [--device STR]
 
 By N processes: torchrun --nproc-per-node N -m stochastic_depth -- train RECIPE
 """
-COMPARE = """Train a recipe and its constant-depth twin, taking turns by the epoch; show both
+COMPARE_ABOUT = """Train a recipe and its constant-depth twin, taking turns by the epoch; show both
 in tables and a picture: errors, seconds, the saving measured and expected.
 
 Started again it resumes where it stopped, and trains nothing twice.
 """
-
 RECIPES_ABOUT = "List the recipes, or show one: source, command, published result and cost."
 
 
@@ -119,7 +118,7 @@ def train(arguments: list[str]) -> int:
         require_run(asked.resume)
         return _in_all_processes(lambda console: _resume(asked, console), asked.quiet)
     common = "--run DIR", "--model.depth INT", "--survival.final FLOAT"
-    begun = parse_recipe("train", TRAIN, arguments, Begin, common)
+    begun = parse_recipe("train", TRAIN_ABOUT, arguments, Begin, common)
     refuse_without_effect([begun.config], arguments)
     return _in_all_processes(lambda console: _begin(begun, console), begun.quiet)
 
@@ -206,11 +205,11 @@ def _train(run: "Run", batches: "Batches", console: "PlainConsole") -> int:
 
 def run_table(run: "Run") -> "Table":
     """Errors of a finished run, at its best and its last epoch."""
+    from rich.table import Table
+
     from stochastic_depth.train import best_record
 
     records = run.records()
-    from rich.table import Table
-
     table = Table(title=str(run.path), title_justify="left")
     table.add_column("")
     for column in ("epoch", "validation error", "test error"):
@@ -231,7 +230,7 @@ def _say_how_to_resume(console: "PlainConsole", interrupted: Interrupted, again:
 def compare(arguments: list[str]) -> int:
     began = time.monotonic()
     common = "--seeds INT", "--minutes FLOAT", "--out DIR", "--model.depth INT"
-    asked = parse_recipe("compare", COMPARE, arguments, Compare, common)
+    asked = parse_recipe("compare", COMPARE_ABOUT, arguments, Compare, common)
     refuse_without_effect([asked.config], arguments)
     from stochastic_depth.cli.console import PlainConsole
 

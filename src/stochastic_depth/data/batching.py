@@ -38,11 +38,14 @@ class Batches(Protocol):
     """A data set as training uses it, in memory or on disk.
 
     Attributes:
+        name: the name of the data set.
+        classes: the name of each class; its position is the label.
         shape: (channels, height, width) of one image as the network sees it.
         fingerprint: a hash of the data.
         sizes: the number of images in `train`, `validation` and `test`.
         held_out: whether validation images were held out of the training images. If not, the test
             images are used for validation.
+        steps_per_epoch: the number of batches in an epoch.
         mean, std: float32 [channels], by which images are normalised.
         shorter_side: the length in pixels to which the shorter side of a picture is scaled before
             its middle is cut out.

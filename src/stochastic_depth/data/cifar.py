@@ -283,14 +283,6 @@ def first_few(names: set[str]) -> str:
     return ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "") or "none"
 
 
-@dataclass(frozen=True)
-class Layout:
-    """One form in which CIFAR is published: how to recognise it, and how to read it."""
-
-    present: Callable[[Path, Variant], bool]
-    read: Callable[[Path, Variant], tuple[Images, Images]]
-
-
 def read_parquet(folder: Path, variant: Variant) -> tuple[Images, Images]:
     """Training and test part, from `train-*.parquet` and `test-*.parquet`.
 
@@ -328,6 +320,14 @@ def _decoded(
 def read_parquet_file(path: Path, variant: Variant) -> Images:
     """The images of one parquet file."""
     return variant.images(*read_shard(path, variant.label_columns, SIDE), path)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One form in which CIFAR is published: how to recognise it, and how to read it."""
+
+    present: Callable[[Path, Variant], bool]
+    read: Callable[[Path, Variant], tuple[Images, Images]]
 
 
 LAYOUTS = (

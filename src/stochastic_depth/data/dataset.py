@@ -224,7 +224,7 @@ def reduced(name: str, part: Images, size: int) -> Images:
         DataError: when images are not square, or their side is not a multiple of `size`.
     """
     count, channels, height, width = part.images.shape
-    if height != width or height % size:
+    if size < 1 or height != width or height % size:
         raise DataError(
             f"size={size}: the images of {name} have {height}x{width} pixels, choose a divisor of "
             "their side"

@@ -67,6 +67,10 @@ class FolderBatches:
         name: str = "imagenet",
         shard: Shard = WHOLE,
     ):
+        if image_size < 1:
+            raise DataError(f"size={image_size}: give at least one pixel a side")
+        if workers < 0:
+            raise DataError(f"workers={workers}: give 0, or a number of processes")
         self.root = Path(root).expanduser()
         self.classes, training = scan(self.root / "train")
         classes, test = scan(self.root / "val")

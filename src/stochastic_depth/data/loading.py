@@ -164,7 +164,7 @@ def batches(
         validation=source.validation if validation is None else validation,
         train=train,
         augment=augment,
-        image_size=size or source.side,
+        image_size=source.side if size is None else size,
         name=name,
         shard=shard,
     )

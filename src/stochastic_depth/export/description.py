@@ -102,7 +102,8 @@ class Description:
     survival: dict[str, Any] = field(default_factory=dict)
     """The survival configuration of the training run; p_l is already in the weights."""
     source: dict[str, Any] = field(default_factory=dict)
-    """The run and checkpoint it comes from."""
+    """The run and checkpoint it comes from, and the errors in percent; None if the run was stopped
+    there, between two evaluations."""
     versions: dict[str, str] = field(default_factory=dict)
     order: tuple[int, ...] = ()
     """Positions of all blocks, the least needed first; empty where the depth is fixed."""

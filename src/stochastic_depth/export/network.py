@@ -128,7 +128,9 @@ def sample(batches: Batches, count: int) -> Tensor:
 def _describe(run: Run, batches: Batches, step: int, removed: tuple[int, ...]) -> Description:
     config = run.config
     kind, shape = architecture(config.model, batches.shape[0], len(batches.classes))
-    record = next(record for record in run.records() if record.step == step)
+    records = run.records()
+    evaluated = {record.step: record for record in records}
+    record = evaluated.get(step)  # None: the run was stopped there, between two evaluations
     survival: dict[str, Any] = config.to_json()["survival"]
     return Description(
         Architecture(kind.__name__, shape, removed),
@@ -145,16 +147,18 @@ def _describe(run: Run, batches: Batches, step: int, removed: tuple[int, ...]) -
             "run": run.id,
             "recipe": config.recipe,
             "step": step,
-            "best": step == best_record(run.records()).step,
-            "validation_error": record.validation_error,
-            "test_error": record.test_error,
+            "best": step == best_record(records).step,
+            "validation_error": record and record.validation_error,
+            "test_error": record and record.test_error,
         },
         versions(),
     )
 
 
 DEPTHS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+"""The shares of blocks at which an elastic network is measured."""
 BATCH, ROUNDS = 64, 15
+"""The images in the batch that is timed, and how many rounds are timed."""
 
 
 def measured(plain: Plain, batches: Batches, runtime: Runtime, progress: Progress) -> Plain:

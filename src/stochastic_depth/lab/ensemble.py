@@ -134,10 +134,10 @@ def measure_ensemble(
             checkpoint.
 
     Raises:
-        ConfigError: when the run has constant depth, so that there is one subnetwork only.
+        ConfigError: as `require_ensemble`.
     """
     handle, runtime = network.handle, network.run.runtime
-    refuse_constant(network.run)
+    require_ensemble(network.run)
     members = [draw_subnetwork(seed, member, handle.survival) for member in range(subnetworks)]
     scaled, unscaled = Score(), Score()
     groups = {
@@ -175,14 +175,24 @@ def measure_ensemble(
     ]
 
 
-def refuse_constant(run: Run) -> None:
-    """Raise `ConfigError` when every block of a run always survives."""
+def require_ensemble(run: Run) -> None:
+    """Refuse a run that has trained no subnetworks, because every step ran the whole network.
+
+    Raises:
+        ConfigError: when every block always survives, or a closed block saves only its backward
+            pass.
+    """
     survival = run.config.survival
     if survival.rule == "constant" or survival.final == 1:
-        raise ConfigError(
-            f"{run.path} has constant depth: it is no ensemble, its only subnetwork is itself; "
-            "give runs with stochastic depth"
-        )
+        why = "has constant depth"
+    elif survival.closed == "forward-only":
+        why = "has survival.closed forward-only"
+    else:
+        return
+    raise ConfigError(
+        f"{run.path} {why}: it is no ensemble, every training step ran the whole network; give "
+        "runs whose blocks are skipped"
+    )
 
 
 def draw_subnetwork(seed: int, member: int, survival: tuple[float, ...]) -> Tensor:

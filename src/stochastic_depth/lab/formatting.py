@@ -1,4 +1,4 @@
-"""Numbers and their units as text, formatted in one way everywhere."""
+"""Numbers with their units, and what to say of two results: the same text everywhere."""
 
 from collections.abc import Iterable
 

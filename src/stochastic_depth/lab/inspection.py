@@ -44,10 +44,9 @@ def inspection_page(
     about = machine(runtime)
     note = (
         f"Measured on {about['processor']}, {count_text(int(about['threads']), 'thread')}, with "
-        "the example of this command; linear decay of the survival probability. A training step "
-        f"at full depth takes {duration(seconds)}, of which only forward and backward pass are "
-        "timed. "
-        "Memory is what a step keeps for its backward pass."
+        "the example of this command; linear decay of the survival probability. The forward and "
+        f"backward pass of a training step at full depth take {duration(seconds)}; nothing else "
+        "is timed. Memory is what a step keeps for its backward pass."
     )
     rows = [
         [f"{s.rate:g}", f"{1 - s.rate:g}", share(s.flops), share(s.time), share(s.memory)]
@@ -69,13 +68,13 @@ def inspection_page(
         (gate_pattern_figure(costs), cost_figure(costs)),
         tiles=tiles,
         tables=(table,),
-        code=paste(name),
+        code=lines_to_paste(),
     )
     return render(Report((section,)), f"{name}. Every block was verified.")
 
 
-def paste(name: str) -> str:
-    """The lines of code that apply stochastic depth to this model."""
+def lines_to_paste() -> str:
+    """Python code that applies stochastic depth, at the highest of `RATES`, to a reader's model."""
     return (
         "import stochastic_depth as sd\n\n"
         "# inputs: a small batch, as the model is called with\n"

@@ -49,7 +49,8 @@ class PruningOptions:
     """How many training images BatchNorm is recalibrated on, augmented as in training: whole
     mini-batches from the start of the first epoch."""
     batch: int = 128
-    """Images in the batch that is timed."""
+    """Images in the batch that is timed, at most those of one batch of evaluation (500, or 250 of
+    pictures in folders)."""
     repeats: int = 5
     """How many rounds are timed."""
 
@@ -244,10 +245,10 @@ class DistributedOptions(BenchOptions):
         if not self.ranks:
             raise ConfigError("--ranks names no number of processes: give one or several")
         for ranks in self.ranks:
-            if ranks < 2 or self.batch < 2 * ranks:
+            if ranks < 2 or self.batch < 2 * ranks or self.batch % ranks:
                 raise ConfigError(
-                    f"--ranks is {ranks} and --batch {self.batch}: at least 2 processes, of at "
-                    "least 2 images each"
+                    f"--ranks is {ranks} and --batch {self.batch}: at least 2 processes, of "
+                    "equally many images, at least 2 each"
                 )
 
 

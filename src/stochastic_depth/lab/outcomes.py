@@ -361,18 +361,23 @@ def _series(runs: list[RecordedRun]) -> tuple[Series, ...]:
 
 
 def _names(stochastic: list[SurvivalConfig]) -> list[str]:
-    """A name for each configuration, made from the settings in which they differ."""
+    """A name for each configuration: its rule, and the settings in which the configurations differ.
+
+    Settings with their default value are left out: no two names are alike without them either.
+    """
     if len(stochastic) < 2:
         return ["stochastic depth"] * len(stochastic)
     values = [asdict(survival) for survival in stochastic]
     apart = [k for k in values[0] if len({str(value[k]) for value in values}) > 1]
+    default = asdict(SurvivalConfig())
     names = []
     for survival, value in zip(stochastic, values, strict=True):
         parts = [survival_name(survival)]
         if "schedule" in apart and survival.schedule.kind != "none":
             parts.append(survival.schedule.name)
         others = (k for k in apart if k not in ("rule", "final", "schedule"))
-        parts += [f"{k.replace('_', ' ')} {value[k]}" for k in others]
+        chosen = (k for k in others if value[k] != default[k])
+        parts += ("balanced" if k == "balance" else f"{k} {value[k]}" for k in chosen)
         names.append(", ".join(parts))
     return names
 

@@ -3,7 +3,6 @@
 import statistics
 import time
 from dataclasses import dataclass
-from itertools import cycle
 
 import torch
 
@@ -69,7 +68,7 @@ def measure_pace(config: Config, patience: float = 10.0) -> Pace:
     batches = open_batches(constant, runtime)
     train_state = TrainState(constant, runtime, batches)
     cost = expected_cost(config, batches.shape, len(batches.classes), batches.steps_per_epoch)
-    mini_batches = cycle([next(iter(batches.train(0)))])
+    mini_batch = next(iter(batches.train(0)))
     everything = torch.get_num_threads()
     choices = [1, everything] if everything > 1 and not runtime.on_gpu else [everything]
     timed: dict[int, list[float]] = {threads: [] for threads in choices}
@@ -78,7 +77,7 @@ def measure_pace(config: Config, patience: float = 10.0) -> Pace:
         for threads in choices:
             torch.set_num_threads(threads)
             start = time.perf_counter()
-            train_state.advance(*next(mini_batches))
+            train_state.advance(*mini_batch)
             runtime.synchronise()
             timed[threads].append(time.perf_counter() - start)
         best = min(min(of_n) for of_n in timed.values())

@@ -107,24 +107,12 @@ def _sentence(shown: list[Series], rows: list[Row]) -> str:
     """How many of its last blocks each network can lose before it loses 5 % of its accuracy."""
     clauses = []
     for series in shown:
-        curve = {
-            removed: _mean(
-                [
-                    row
-                    for row in rows
-                    if (row["series"], row["order"], row["recalibrated"], row["removed"])
-                    == (series.name, "last", BATCH_NORM[False].name, removed)
-                ],
-                "error",
-            )
-            for removed in sorted(
-                {
-                    row["removed"]
-                    for row in rows
-                    if row["series"] == series.name and row["order"] == "last"
-                }
-            )
-        }
+        errors: dict[int, list[float]] = {}
+        for row in rows:
+            drawn = row["series"], row["order"], row["recalibrated"]
+            if drawn == (series.name, "last", BATCH_NORM[False].name):
+                errors.setdefault(row["removed"], []).append(row["error"])
+        curve = {removed: statistics.fmean(errors[removed]) for removed in sorted(errors)}
         first, *removals = curve
         most = 100 - 0.95 * (100 - curve[first])
         kept = list(takewhile(lambda k, curve=curve, most=most: curve[k] <= most, removals))

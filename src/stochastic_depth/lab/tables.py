@@ -7,7 +7,6 @@ from typing import Any
 from rich.table import Table
 
 from stochastic_depth.lab.formatting import (
-    count_text,
     duration,
     percent,
     plus_minus,
@@ -16,6 +15,7 @@ from stochastic_depth.lab.formatting import (
 )
 from stochastic_depth.lab.outcomes import Experiment, RunOutcome, Series, Spread
 from stochastic_depth.lab.recorded import RecordedRun
+from stochastic_depth.plain_text import count_text
 from stochastic_depth.recipes import PUBLISHED, RECIPES, Published
 from stochastic_depth.train import Config
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from stochastic_depth.errors import ConfigError, first_line
 from stochastic_depth.extras import require
 from stochastic_depth.randomness import generator
+from stochastic_depth.surgery.example import Example
 
-Example = Tensor | tuple[Any, ...] | dict[str, Any]
 Shape = Sequence[int]
 """Shape of one sample, without the batch dimension."""
 
@@ -43,7 +43,7 @@ def published(
             of a configuration of transformers.
 
     Raises:
-        ConfigError: when there is no such model, or it needs a shape.
+        ConfigError: when there is no such model, it needs a shape, or a factory is given options.
         MissingExtraError: when its library is not installed.
     """
     origin, _, rest = name.partition("/")
@@ -51,6 +51,11 @@ def published(
         if origin in LIBRARIES and rest:
             model, example = LIBRARIES[origin](rest, batch, shape, on_device, options)
         elif ":" in name:
+            if options:
+                raise ConfigError(
+                    f"{name!r} is called without arguments, and cannot take {', '.join(options)}: "
+                    "set them in the factory"
+                )
             model, example = _from_factory(name, batch, shape)
         else:
             raise _no_model(name)

@@ -59,18 +59,21 @@ class RunView:
     live: bool = False
     """Whether there is also a live picture. If so, lines leave out the speed and the time left."""
     epochs: int = 0
-    steps: int = 1
+    total_steps: int = 1
     step_done: int = 0
+    """How many steps were taken, those before a resumption too."""
     blocks: int = 0
     gates: Tensor | None = None
     loss: Tensor | None = None
     latest: Record | None = None
     doing: str = "training"
+    """Or "evaluating"."""
     began: float = field(default_factory=time.monotonic)
     began_at_step: int = 0
+    """The step at `began`; above 0 for a resumed run."""
 
     def begin(self, run: Run, train_state: TrainState) -> None:
-        self.epochs, self.steps = run.config.epochs, train_state.total_steps
+        self.epochs, self.total_steps = run.config.epochs, train_state.total_steps
         self.blocks = train_state.blocks
         self.step_done = self.began_at_step = train_state.step
         self.began = time.monotonic()
@@ -109,18 +112,18 @@ class RunView:
         if done == 0:
             return "-:--:--"
         seconds = (time.monotonic() - self.began) / done
-        return str(timedelta(seconds=round(seconds * (self.steps - self.step_done))))
+        return str(timedelta(seconds=round(seconds * (self.total_steps - self.step_done))))
 
     def render(self, width: int) -> Group:
         """Progress, gates and metrics, in about three lines."""
-        epoch = self.step_done * self.epochs / self.steps
+        epoch = self.step_done * self.epochs / self.total_steps
         head = Table.grid(expand=True, padding=(0, 1))
         head.add_column(no_wrap=True)
         head.add_column(ratio=1)
         head.add_column(justify="right", no_wrap=True)
         head.add_row(
             Text(escaped(self.label or self.doing)),
-            ProgressBar(total=self.steps, completed=self.step_done),
+            ProgressBar(total=self.total_steps, completed=self.step_done),
             Text(f"epoch {epoch:.1f}/{self.epochs}  left {self.left()}"),
         )
         lines: list[Table | Text] = [head]

@@ -86,12 +86,12 @@ def _why_little_gain(config: Config, on_cpu: bool, precision: str) -> str | None
 def _why_images_unsupported(config: Config) -> str | None:
     """Why the native kernels cannot take images of this size; None if they can.
 
-    They compute at least 8 pixels of a row at a time in the first stage, and 2 in the last one,
-    which has a quarter of the columns.
+    In float32 they compute at least 8 pixels of a row at a time in the first stage, and 2 in the
+    last one, which has a quarter of the columns.
     """
     side = config.data.size or SOURCES[config.data.name].side
     if side % 8:
-        return f"they need images with a multiple of 8 pixels a side, these have {side}"
+        return f"its kernels need images with a multiple of 8 pixels a side, these have {side}"
     return None
 
 

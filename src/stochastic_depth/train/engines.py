@@ -34,12 +34,15 @@ KERNELS: dict[KernelsName, Callable[[torch.dtype], Kernels]] = {
 }
 """The kernels by name. Each is called with the type of activations."""
 
-_OPTION = "forward_sync_buffers"
-_PARAMETERS = inspect.signature(DistributedDataParallel).parameters
+_SYNCHRONISES_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"  # its name in older versions of PyTorch
+)
 _DDP_OPTIONS: dict[str, Any] = {
     "gradient_as_bucket_view": True,
     # BatchNorm statistics are copied between ranks at evaluations, not in every step.
-    _OPTION if _OPTION in _PARAMETERS else "broadcast_buffers": False,
+    _SYNCHRONISES_BUFFERS: False,
 }
 
 

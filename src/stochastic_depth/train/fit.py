@@ -37,11 +37,25 @@ On a CPU every step is checked."""
 class Callback(Protocol):
     """Methods that `fit` calls while a run trains."""
 
-    def begin(self, run: Run, train_state: TrainState) -> None: ...
-    def step(self, train_state: TrainState, loss: Tensor) -> None: ...
-    def evaluating(self) -> None: ...
-    def record(self, record: Record) -> None: ...
-    def say(self, text: str) -> None: ...
+    def begin(self, run: Run, train_state: TrainState) -> None:
+        """Called once, before the first step; `train_state` is at the newest checkpoint, if any."""
+        ...
+
+    def step(self, train_state: TrainState, loss: Tensor) -> None:
+        """Called after each step with its loss, [], which stays on the device."""
+        ...
+
+    def evaluating(self) -> None:
+        """Called before each evaluation."""
+        ...
+
+    def record(self, record: Record) -> None:
+        """Called with each record, when it and its checkpoint are written."""
+        ...
+
+    def say(self, text: str) -> None:
+        """Called with a sentence on something unusual, such as a damaged checkpoint."""
+        ...
 
 
 def fit(
@@ -126,18 +140,7 @@ def _restore(run: Run, train_state: TrainState, callback: Callback) -> tuple[str
     for reason in refused:
         callback.say(f"{reason}; using the one before it")
     if state is not None:
-        threads = torch.get_num_threads()
-        if not run.runtime.on_gpu and threads != run.runtime.threads:
-            callback.say(
-                f"begun with {run.runtime.threads} threads, resumed with {threads}: sums are "
-                "rounded differently (set OMP_NUM_THREADS for bitwise identical results)"
-            )
-        began, now = on_primary(lambda: open_run(run.path)).runtime, run.runtime
-        if (began.device, began.engine) != (now.device, now.engine):
-            callback.say(
-                f"begun on {began.device} by {began.engine}, resumed on {now.device} by "
-                f"{now.engine}: sums are rounded differently, and times of this run are of both"
-            )
+        _say_what_differs(run, callback)
         train_state.load_state_dict(state)
         with as_checkpoint_error(state["step"]):
             last = state["journal"]
@@ -146,6 +149,22 @@ def _restore(run: Run, train_state: TrainState, callback: Callback) -> tuple[str
         last = run.id
     on_primary(lambda: truncate_journal(run.journal, run.id, last))
     return last, on_primary(run.records)
+
+
+def _say_what_differs(run: Run, callback: Callback) -> None:
+    """Say which differences to where the run began keep it from ending bit for bit the same."""
+    threads = torch.get_num_threads()
+    if not run.runtime.on_gpu and threads != run.runtime.threads:
+        callback.say(
+            f"begun with {run.runtime.threads} threads, resumed with {threads}: sums are "
+            "rounded differently (set OMP_NUM_THREADS for bitwise identical results)"
+        )
+    began, now = on_primary(lambda: open_run(run.path)).runtime, run.runtime
+    if (began.device, began.engine) != (now.device, now.engine):
+        callback.say(
+            f"begun on {began.device} by {began.engine}, resumed on {now.device} by "
+            f"{now.engine}: sums are rounded differently, and times of this run are of both"
+        )
 
 
 def _require_begun_only(run: Run) -> None:

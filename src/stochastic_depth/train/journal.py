@@ -46,6 +46,7 @@ class Record:
     learning_rate: float
     """Learning rate of the interval's last step."""
     train_loss: float
+    """The mean over the interval's images of the loss of their training step, under its gates."""
     validation_loss: float
     validation_error: float
     test_loss: float

@@ -76,18 +76,17 @@ def reopen(
                 f"{error}. {path} began on {began.device}: add --device cpu to compute elsewhere, "
                 f"or resume it by {command('train', '--resume', path, '--device', 'cpu')}"
             ) from error
-    several = (
-        world_size() > 1 and began.engine == "program"
-    )  # which trains in a single process only
+    # The block program supports one process.
+    needs_other_engine = began.engine == "program" and world_size() > 1
     now = resolve_runtime(
         replace(
             config,
             device=device or began.device,
             precision=began.precision,
-            engine="auto" if several else config.engine,
+            engine="auto" if needs_other_engine else config.engine,
         )
     )
-    if several or now.device != began.device:
+    if needs_other_engine or now.device != began.device:
         run = replace(run, runtime=now)
     batches = open_batches(config, run.runtime)
     run.require_data(batches.fingerprint)

@@ -133,7 +133,7 @@ class ScheduleConfig:
 
 
 def _in_steps(time: float, steps: int) -> float:
-    """A share of a training run of `steps` steps, or a number of steps if above 1, in steps."""
+    """A number of steps; `time` is one already if it is above 1, otherwise a share of `steps`."""
     return time * steps if time <= 1 else time
 
 

@@ -114,10 +114,6 @@ def evaluate_parts(
     return {"validation": validation, "test": on("test") if batches.held_out else validation}
 
 
-_ROWS = ("measured", "block_gradients")
-"""The fields that are lists of tensors on the device."""
-
-
 @dataclass
 class IntervalMetrics:
     """The measurements of all steps since the last evaluation; part of every checkpoint."""
@@ -175,12 +171,15 @@ class IntervalMetrics:
         return [None if math.isnan(mean) else mean for mean in means.tolist()]
 
     def state_dict(self) -> dict[str, Any]:
+        """The fields, with their tensors on the CPU."""
         return {
             **vars(self),
-            **{name: [row.cpu() for row in getattr(self, name)] for name in _ROWS},
+            "measured": [row.cpu() for row in self.measured],
+            "block_gradients": [row.cpu() for row in self.block_gradients],
         }
 
     def load_state_dict(self, state: dict[str, Any], device: str) -> None:
-        vars(self).update({name: state[name] for name in vars(self)})
-        for name in _ROWS:
-            setattr(self, name, [row.to(device) for row in state[name]])
+        """Restore what `state_dict` has returned, with its tensors on `device`."""
+        self.measured = [row.to(device) for row in state["measured"]]
+        self.images, self.seconds = state["images"], state["seconds"]
+        self.block_gradients = [row.to(device) for row in state["block_gradients"]]

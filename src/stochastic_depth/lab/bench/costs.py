@@ -55,8 +55,8 @@ def step_costs(
     """Time `repeats` steps of every alternative in turns, then count the costs of more steps.
 
     Args:
-        counted: how many steps are counted; as many as are timed when not given. Gates, and
-            everything that depends on them, are those of the first steps.
+        counted: how many steps are counted; as many as are timed when not given. They are the first
+            steps of networks that are built again, so FLOPs and memory are of the same gates.
     """
     steps = build()
     for step in steps.values():  # allocate and choose algorithms once

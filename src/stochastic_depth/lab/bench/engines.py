@@ -31,8 +31,7 @@ from stochastic_depth.train.engine_choice import EngineName, KernelsName
 from stochastic_depth.train.runtime import Runtime
 
 SHARES = 1.0, 0.75, 0.5
-
-
+"""The shares of blocks that are open."""
 DESIGNS: dict[str, tuple[EngineName, KernelsName]] = {
     "eager": ("eager", "reference"),
     "compiled blocks": ("compiled", "reference"),
@@ -40,6 +39,7 @@ DESIGNS: dict[str, tuple[EngineName, KernelsName]] = {
     "program, compiled kernels": ("program", "compiled"),
     "program, native kernels": ("program", "native"),
 }
+"""The engine and the kernels of each row of the table."""
 
 
 def designs(runtime: Runtime) -> tuple[dict[str, Runtime], dict[str, str]]:

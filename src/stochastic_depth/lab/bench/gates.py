@@ -22,7 +22,7 @@ from stochastic_depth.train.build import apply_survival
 from stochastic_depth.train.config import Config, SurvivalConfig
 from stochastic_depth.train.runtime import Runtime
 
-CONSTANT = "constant"
+BASE = "constant"
 """The gating that others are relative to: constant depth."""
 
 
@@ -49,7 +49,7 @@ def gating_steps(options: GatesOptions, runtime: Runtime, **arguments: Any) -> d
     """
     config = Config(survival=SurvivalConfig(final=options.final))
     steps: dict[str, Step] = {}
-    for name in dict.fromkeys((CONSTANT, *options.gatings)):
+    for name in dict.fromkeys((BASE, *options.gatings)):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model, inputs, labels = build_network(options, runtime, **arguments)
@@ -123,7 +123,7 @@ class GatesResult:
     clock: str
 
     def to_json(self) -> dict[str, Any]:
-        return {"clock": self.clock, "gatings": costs_to_json(self.costs, CONSTANT)}
+        return {"clock": self.clock, "gatings": costs_to_json(self.costs, BASE)}
 
 
 def measure(options: GatesOptions, runtime: Runtime, console: Console) -> GatesResult:
@@ -138,5 +138,5 @@ def tables(result: GatesResult, options: GatesOptions, runtime: Runtime) -> Iter
         f"{options.network}{adapters}, batch {options.batch}, size {options.size}, "
         f"p_L = {options.final:g}"
     )
-    yield costs_table(title, result.costs, CONSTANT, runtime)
+    yield costs_table(title, result.costs, BASE, runtime)
     yield COSTS.format("constant depth")

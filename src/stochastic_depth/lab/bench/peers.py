@@ -37,9 +37,8 @@ from stochastic_depth.survival import LinearDecay, Uniform, survival_probabiliti
 from stochastic_depth.train.runtime import Runtime
 
 OURS = "stochastic-depth"
-
-
 TUTORIAL = f"{CONSTANT}, float32, default layout"
+"""Constant depth as tutorials train it, whatever the precision of the other rows."""
 
 
 def cifar_resnet_peers(

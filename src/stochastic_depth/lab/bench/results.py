@@ -24,6 +24,7 @@ from stochastic_depth.train.runtime import Runtime, machine, versions
 T = TypeVar("T")
 
 MEMORY = "of a step: on a GPU its peak, else what is kept for backward"
+"""What memory is, for the notes of tables."""
 
 
 def with_progress(

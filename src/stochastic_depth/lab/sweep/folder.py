@@ -226,10 +226,10 @@ def open_sweep(folder: Path, kind: SweepKind, grid: Grid, config: Config) -> Swe
 def _require_trainable(sweep: Sweep) -> str:
     """Raise an error if a run of the sweep cannot be trained, as `begin` would.
 
+    Neither p_L nor the seed matters, so one run is tried for each rule, depth and gating.
+
     Returns:
         The fingerprint of its data.
-
-    Neither p_L nor the seed matters, so one run is tried for each rule, depth and gating.
     """
     tried = {(p.rule, p.depth, p.gating): config for p, config in sweep.configs.items()}
     for config in tried.values():
