@@ -360,7 +360,9 @@ def refuse_cache(output: object) -> None:
     if getattr(output, "past_key_values", None) is not None:
         raise GateError(
             "the model returns past_key_values, a cache to which closed blocks add no entries: "
-            "call it with use_cache=False, or set model.config.use_cache = False"
+            "call it with use_cache=False, or set config.use_cache = False in the model and in "
+            "each part that has a config of its own, as the decoder of T5 has; to generate, call "
+            "model.eval() first"
         )
 
 
