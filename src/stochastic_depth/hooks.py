@@ -108,9 +108,12 @@ class ForwardHooks:
         call = next((each for each in self._stack if each.frame is frame), None)
         if call is None:  # a hook before ours has failed
             return output
-        trained = call.gates is not None and torch.is_grad_enabled()
+        gates = call.gates or ()
+        trained = bool(gates) and torch.is_grad_enabled()
+        # `generate` in training mode draws other gates for each token, without gradients.
+        lacks = any(not gate.open or gate.samples is not None for gate in gates)
         output = self._end(call, output)
-        if trained or self.handle.is_subnetwork:
+        if trained or lacks or self.handle.is_subnetwork:
             refuse_cache(output)
         return output
 
