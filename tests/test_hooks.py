@@ -643,6 +643,26 @@ def test_the_remedies_of_that_error_work(remedy):
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(batch()), right)
 
 
+TRACES = {
+    "torch.jit.trace": lambda model: torch.jit.trace(model, batch()),
+    "torch.export": lambda model: torch.export.export(model, (batch(),), strict=False).module(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("trace", TRACES)
+@pytest.mark.parametrize("make", [Net, of_trunk])
+def test_a_graph_of_training_mode_that_would_keep_its_gates_is_refused(make, trace):
+    model, handle = applied(make())
+    with pytest.raises(sd.errors.GateError, match=rf"{trace} traces .* call model\.eval"):
+        TRACES[trace](model.train())
+    with pytest.raises(sd.errors.GateError, match=trace), handle.draw():
+        TRACES[trace](model)
+    assert handle.step == 1  # of the context
+    whole = TRACES[trace](model.eval())
+    torch.testing.assert_close(whole(batch()), model(batch()))
+
+
 def test_torch_export_traces_the_network_of_evaluation():
     model, _ = applied()
     exported = torch.export.export(model.eval(), (batch(),), strict=False).module()

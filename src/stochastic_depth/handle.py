@@ -18,7 +18,7 @@ from stochastic_depth.errors import GateError, StateError
 from stochastic_depth.gate_settings import GateSettings
 from stochastic_depth.gates import Gate, evaluation_gates, training_gates
 from stochastic_depth.survival import Probabilities
-from stochastic_depth.torch_private import next_node_number
+from stochastic_depth.torch_private import graph_exporter, next_node_number
 
 
 class RankSamples(NamedTuple):
@@ -235,7 +235,8 @@ class Handle:
         While gates are forced, these are returned, and no step is counted.
 
         Raises:
-            GateError: when gates for single samples are to be drawn and `batch` is not given.
+            GateError: when gates for single samples are to be drawn and `batch` is not given; and
+                while torch.jit.trace or torch.export traces the model.
         """
         if self._in_training is not None:
             gates = self._gates_while_forced()
@@ -244,6 +245,7 @@ class Handle:
             else:
                 self._coins = self._in_training.coins
             return gates
+        _refuse_trace()
         self._require_number_of_samples(batch)
         if self.optimizer_steps is not None:
             self.step = self.optimizer_steps()
@@ -578,3 +580,13 @@ class Handle:
         closed = self.settings.closed
         shown += [f"closed={closed!r}"] if closed == "forward-only" else []
         return "".join(f"{each}, " for each in shown)
+
+
+def _refuse_trace() -> None:
+    """Raise `GateError` while PyTorch records the forward pass as a graph."""
+    exporter = graph_exporter()
+    if exporter is not None:
+        raise GateError(
+            f"{exporter} traces the model in training mode, and the graph would have the gates of "
+            "this one pass for ever: call model.eval() before the trace"
+        )

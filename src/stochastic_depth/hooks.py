@@ -115,9 +115,12 @@ class ForwardHooks:
         call = next((each for each in self._stack if each.frame is frame), None)
         if call is None:  # a hook before ours has failed
             return output
-        trained = call.gates is not None and torch.is_grad_enabled()
+        gates = call.gates or ()
+        trained = bool(gates) and torch.is_grad_enabled()
+        # `generate` in training mode draws other gates for each token, without gradients.
+        lacks = any(not gate.open or gate.samples is not None for gate in gates)
         output = self._end(call, output)
-        if trained or self.handle.is_subnetwork:
+        if trained or lacks or self.handle.is_subnetwork:
             refuse_cache(output)
         return output
 
@@ -367,7 +370,9 @@ def refuse_cache(output: object) -> None:
     if getattr(output, "past_key_values", None) is not None:
         raise GateError(
             "the model returns past_key_values, a cache to which closed blocks add no entries: "
-            "call it with use_cache=False, or set model.config.use_cache = False"
+            "call it with use_cache=False, or set config.use_cache = False in the model and in "
+            "each part that has a config of its own, as the decoder of T5 has; to generate, call "
+            "model.eval() first"
         )
 
 

@@ -371,6 +371,17 @@ def is_fx_tracing() -> bool:
     return _symbolic_trace._is_fx_tracing_flag
 
 
+def graph_exporter() -> str | None:
+    """The function of PyTorch that records what runs now as a graph, or None.
+
+    It is to be called outside of what torch.compile traces. Replacement: `torch.jit.is_tracing`,
+    where it is typed as public; and `torch.compiler.is_exporting`, where all versions have it.
+    """
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        return "torch.jit.trace"
+    return "torch.export" if torch.compiler.is_compiling() else None
+
+
 # Random numbers.
 
 

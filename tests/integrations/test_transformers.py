@@ -183,6 +183,17 @@ def test_a_model_with_a_cache_and_one_that_is_applied_already_are_taken(tmp_path
         trainer(model, tmp_path, StochasticDepthCallback(sd.Uniform(0.9)))
 
 
+def test_a_decoder_with_a_cache_and_a_config_of_its_own_is_trained(tmp_path):
+    small = {"num_layers": 2, "num_heads": 2, "d_model": 16, "d_kv": 8, "d_ff": 32}
+    config = hf.T5Config(vocab_size=50, decoder_start_token_id=0, **small)
+    model = hf.T5ForConditionalGeneration(config)
+    assert model.decoder.config.use_cache
+    callback = StochasticDepthCallback(sd.Uniform(0.5))
+    trainer(model, tmp_path, callback, max_steps=1).train()
+    assert callback.handle.step == 1
+    assert not model.decoder.config.use_cache
+
+
 def test_a_model_made_anew_by_model_init_is_applied_to(tmp_path):
     seen = Gates()
     callback = StochasticDepthCallback(sd.Uniform(0.5), gates_per="pass")

@@ -82,6 +82,18 @@ class Looping(nn.Module):
         return x + h
 
 
+class Parallel(nn.Module):
+    """Adds attention and feed-forward one after the other, and computes both from one value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention, self.value = nn.LayerNorm(N), Attention(), nn.Linear(N, N)
+
+    def forward(self, x, mask, condition):
+        h = self.norm(x) + condition[:, None]
+        return x + self.attention(h, mask) + self.value(h)
+
+
 class Adds(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -174,6 +186,7 @@ WAYS = {
     Choosing: "slice",
     Looping: "slice",
     Handing: "call",
+    Parallel: "deferred",
     Sourceless: "deferred",
     Trunk: "deferred",
 }

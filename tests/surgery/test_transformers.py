@@ -119,6 +119,34 @@ def test_a_cache_in_training_is_refused_with_the_remedy():
     assert model.eval()(IDS).past_key_values is not None
 
 
+@pytest.mark.parametrize("gate", ["batch", "subset"])
+def test_generating_in_training_mode_with_a_cache_is_refused_with_the_remedy(gate):
+    config = transformers.GPT2Config(**SMALL, n_positions=32, bos_token_id=0, eos_token_id=None)
+    model = transformers.GPT2LMHeadModel(config)
+    handle = sd.apply(model, sd.Uniform(0.5), example=TEXT, gate=gate, scale="training")
+    more = {"max_new_tokens": 6, "do_sample": False}
+    with pytest.raises(sd.errors.GateError, match=r"to generate, call model\.eval\(\) first"):
+        model.train().generate(IDS, **more)
+    plain = model.train().generate(IDS, use_cache=False, **more)
+    assert plain.shape == (2, 18)
+    cached = model.eval().generate(IDS, **more)
+    with handle.full_depth():  # every block runs, so the cache has all entries
+        for module in model.train().modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.eval()
+        assert torch.equal(model.generate(IDS, **more), cached)
+
+
+@pytest.mark.parametrize("remedy", ["call", "config"])
+def test_the_remedies_against_a_cache_work_where_the_decoder_has_a_config_of_its_own(remedy):
+    model = build("t5")
+    example = {"input_ids": IDS, "decoder_input_ids": IDS}
+    with pytest.raises(sd.errors.GateError, match=r"config of its own, as the decoder of T5"):
+        sd.apply(model, example=example)
+    model.config.use_cache = model.decoder.config.use_cache = remedy == "call"
+    sd.apply(model, example=example | ({"use_cache": False} if remedy == "call" else {}))
+
+
 def test_a_cache_of_a_subnetwork_is_refused_with_the_remedy():
     model = build("gpt2")
     handle = sd.apply(model, example=TEXT)

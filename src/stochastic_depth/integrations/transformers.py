@@ -117,8 +117,10 @@ class StochasticDepthCallback(hf.TrainerCallback, ExportableState):
     def _apply(self, model: Any) -> None:
         self._handle = self.settings.taken_over(model, self._handle)
         if self._handle is None:
-            if getattr(model.config, "use_cache", False):
-                model.config.use_cache = False
+            for part in model.modules():  # the decoder of T5 has a config of its own
+                config: Any = getattr(part, "config", None)
+                if getattr(config, "use_cache", False):
+                    config.use_cache = False
             device = next(model.parameters()).device
             self._handle = self.settings.apply(
                 model, self.example or inputs_of(model, 2, None, device)

@@ -316,12 +316,18 @@ def value(placeholder: Placeholder) -> Tensor:
 def lacks_samples(placeholder: Placeholder, computed: Tensor | None = None) -> bool:
     """Whether a computed value of a branch has only some of the samples, and is used outside of it.
 
+    A value of several branches, such as the input of attention and feed-forward in parallel, is in
+    use until the last of them is added.
+
     Args:
         computed: the value, if it is known.
     """
-    for addition in placeholder._node.additions:
+    additions = placeholder._node.additions
+    for addition in additions:
         samples = addition.gate.samples
         if samples is not None and len(samples) != addition.gate.batch and addition.is_over:
+            if not all(other.is_over for other in additions):
+                return False
             if computed is None:
                 computed = placeholder._node.tensors[placeholder._number]
             return computed.shape[:1] == (len(samples),)

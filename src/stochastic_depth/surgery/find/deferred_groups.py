@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from torch import nn
@@ -152,9 +152,10 @@ def _calls_for(event: AdditionEvent, group: Group, analysis: Analysis) -> tuple[
     Raises:
         UnsupportedBlockError: when there are none.
     """
+    branch = event.branch | _shared_with_others(event, group, analysis)
     by_module: dict[str, list[Call]] = {}
     for call in group.calls:
-        if len(group.events) == 1 or _computes(call, event):
+        if len(group.events) == 1 or _computes(call, branch):
             by_module.setdefault(call.name, []).append(call)
     if not by_module:
         raise UnsupportedBlockError(_NO_MODULE)
@@ -169,10 +170,28 @@ def _calls_for(event: AdditionEvent, group: Group, analysis: Analysis) -> tuple[
     return tuple(calls)
 
 
-def _computes(call: Call, event: AdditionEvent) -> bool:
-    """Whether a call computes a part of the branch of `event`."""
+def _shared_with_others(event: AdditionEvent, group: Group, analysis: Analysis) -> set[int]:
+    """The values from which the branch of `event` and an earlier one of its group are computed.
+
+    They are not in `event.branch`, because the shortcut, which is the earlier sum, needs them too:
+    in `x + attention(h) + mlp(h)`, these are h and what computes it.
+    """
+    values = analysis.recording.values
+    first = min(call.began for call in group.calls)
+    totals = {each.total for each in group.events}
+    seen, ahead = set[int](), list(event.branch)
+    while ahead:
+        for parent in values[ahead.pop()].parents:
+            if parent >= first and parent not in seen and parent not in totals:
+                seen.add(parent)
+                ahead.append(parent)
+    return seen
+
+
+def _computes(call: Call, branch: Set[int]) -> bool:
+    """Whether a call computes a part of a branch."""
     computed = range(call.began, call.ended)  # empty if it returns its input
-    return not event.branch.isdisjoint([*computed, *call.outputs])
+    return not branch.isdisjoint([*computed, *call.outputs])
 
 
 _NO_MODULE = "there is no module that only its branch needs"
