@@ -57,17 +57,22 @@ def test_imagenet_trains_from_a_folder_tree_with_workers(tmp_path):
     assert json.loads((run / "config.json").read_text())["data"]["shape"] == [3, 224, 224]
 
 
-def test_a_data_set_that_has_moved_is_found_by_its_content(tmp_path, capsys):
+def test_a_data_set_that_has_moved_is_found_by_its_content(tmp_path, capsys, monkeypatch):
     parts = (*images(40, 10, 0), *images(10, 10, 1))
     write_cifar("binary", tmp_path / "here", CIFAR10, *parts)
     run = str(tmp_path / "run")
     arguments = ["train", "cifar10-resnet110", *SMALL, "--data.root", str(tmp_path / "here")]
     assert main([*arguments, "--run", run]) == 0
     (tmp_path / "here").rename(tmp_path / "there")
+    monkeypatch.chdir(tmp_path)
     for command in (["eval", run], ["train", "--resume", run]):
-        assert main(command) == 1
-        assert "here, the data of" in (said := capsys.readouterr().err)
-        assert "give --data DIR" in said
+        for given, shown in (
+            ([], "here, the data of RUN, does not exist: give --data DIR"),
+            (["--data", "no"], "no, the data of RUN, does not exist in TMP: give --data DIR"),
+        ):
+            assert main([*command, *given]) == 1
+            shown = shown.replace("RUN", run).replace("TMP", str(tmp_path))
+            assert shown in capsys.readouterr().err
     assert main(["eval", run, "--data", str(tmp_path / "there")]) == 0
     write_cifar("binary", tmp_path / "other", CIFAR10, *images(40, 10, 7), *images(10, 10, 8))
     for command in (["train", "--resume", run], ["eval", run]):

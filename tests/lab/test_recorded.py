@@ -94,9 +94,9 @@ def test_a_run_with_the_weights_of_another_one_is_refused(compared, tmp_path):
     ("name", "content", "shown"),
     [
         ("empty", None, "holds no run: give run folders"),
-        ("foreign.json", "{}", "is not what bench depth writes"),
-        ("broken.json", "{", "cannot be read"),
-        ("list.json", "[]", "holds no object"),
+        ("foreign.json", "{}", "is not what bench depth writes: give run folders"),
+        ("metrics.jsonl", "{}\n{}\n", r"is not a JSON file \(Extra data: .*\); give run folders"),
+        ("list.json", "[]", "holds no object; give run folders"),
         ("sweep/sweep.json", '{"format": 2}', "has format 2, this version reads 1"),
         ("sweep/sweep.json", '{"format": 1}', "sweep.json is not of a sweep: KeyError"),
     ],
@@ -123,7 +123,7 @@ def _without_checksum(text: str) -> str:
 @pytest.mark.parametrize(
     ("damage", "what"),
     [
-        (lambda text: "{", "cannot be read: "),
+        (lambda text: "{", "is not a JSON file"),
         (lambda text: "[]", "cannot be understood: it holds no object"),
         (lambda text: '{"format": 1}', "has no checksum"),
         (_without_checksum, "has no checksum"),

@@ -171,7 +171,7 @@ def test_an_unreadable_analysis_leaves_the_report_that_was_there(compared, tmp_p
     for name in ("config.json", "metrics.jsonl"):
         (run / name).write_bytes((compared / "stochastic-seed0" / name).read_bytes())
     (run / "analysis" / "pruning.json").write_text("{")
-    with pytest.raises(RunError, match=r"pruning.json cannot be read"):
+    with pytest.raises(RunError, match=r"pruning.json is not a JSON file"):
         write_report([run], out)
     assert out.read_text() == "before"
 

@@ -138,7 +138,7 @@ def read_json(path: Path, inside: Path | None = None) -> dict[str, Any]:
     except OSError as error:
         raise RunError(f"{path} cannot be read: {reason(error)}") from error
     except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from error
+        raise RunError(f"{path} is not a JSON file ({error})") from error
     if not isinstance(content, dict):
         raise RunError(f"{path} cannot be understood: it holds no object")
     return content

@@ -30,6 +30,10 @@ from stochastic_depth.train import Record, Run, layout, open_run, reopen, traine
 from stochastic_depth.train.build import handle_or_always_open
 from stochastic_depth.train.weights import require_weights_of
 
+EXPECTED = (
+    "give run folders, folders of runs, sweep folders, or files that bench depth wrote with --out"
+)
+
 
 @dataclass(frozen=True)
 class RecordedRun:
@@ -127,10 +131,7 @@ def read_sources(paths: Sequence[Path]) -> Sources:
             continue
         here = _known_in(path)
         if not here:
-            raise RunError(
-                f"{path} holds no run: give run folders, folders of runs, sweep folders, or files "
-                "that bench depth wrote with --out"
-            )
+            raise RunError(f"{path} holds no run: {EXPECTED}")
         for folder in here:
             if _is_sweep(folder):
                 sweeps[folder.resolve()] = _sweep(folder)
@@ -216,11 +217,12 @@ def _sweep(path: Path) -> RecordedSweep:
 
 
 def _benchmark(path: Path) -> dict[str, Any]:
-    content = read_json(path)
+    try:
+        content = read_json(path)
+    except RunError as error:
+        raise RunError(f"{error}; {EXPECTED}") from error
     if not {"depths", "seconds_per_image", "bytes_per_image", "lines"} <= content.keys():
-        raise RunError(
-            f"{path} is not what bench depth writes: stochastic-depth bench depth --out FILE does"
-        )
+        raise RunError(f"{path} is not what bench depth writes: {EXPECTED}")
     return content
 
 

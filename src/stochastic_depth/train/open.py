@@ -62,10 +62,13 @@ def reopen(
     config = run.config
     if data_root is not None:
         config = replace(config, data=replace(config.data, root=data_root))
-    elif config.data.root is not None and not Path(config.data.root).expanduser().exists():
+    root = config.data.root
+    if root is not None and not Path(root).expanduser().exists():
+        # A relative path is sought in the folder where one is now, not where the run began.
+        sought = "" if Path(root).expanduser().is_absolute() else f" in {Path.cwd()}"
         raise DataError(
-            f"{config.data.root}, the data of {path}, does not exist any more: give --data DIR "
-            "(data_root, in Python), where it is now"
+            f"{root}, the data of {path}, does not exist{sought}: give --data DIR (data_root, in "
+            "Python), where it is now"
         )
     began = run.runtime
     if device is None:
