@@ -29,6 +29,14 @@ class Slotted:
         self.value = value
 
 
+class OneSlot(Slotted):
+    __slots__ = "second"  # a string is one name
+
+    def __init__(self, value: Any, second: Any) -> None:
+        super().__init__(value)
+        self.second = second
+
+
 A, B, C = torch.tensor([1.0, 2.0]), torch.tensor([3.0]), torch.tensor([4])
 VALUES = {
     "a tensor": A,
@@ -36,6 +44,7 @@ VALUES = {
     "a dataclass": Pair(A, {"b": Pair(B)}),
     "an object": SimpleNamespace(a=A, inside=SimpleNamespace(b=[B])),
     "slots": Slotted([A, Slotted(B)]),
+    "a slot declared by a string": OneSlot(None, [A, B]),
     "a subclass of a named tuple": PackedSequence(A, B),
 }
 

@@ -153,6 +153,7 @@ def attributes(value: object) -> dict[str, Any]:
         fields = (field.name for field in dataclasses.fields(value))
         found = {name: getattr(value, name) for name in fields if hasattr(value, name)}
         return found | getattr(value, "__dict__", {})
-    slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
+    declared = [getattr(cls, "__slots__", ()) for cls in type(value).__mro__]
+    slots = [name for names in declared for name in ([names] if isinstance(names, str) else names)]
     values = {name: getattr(value, name) for name in slots if hasattr(value, name)}
     return values | getattr(value, "__dict__", {})

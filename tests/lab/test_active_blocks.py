@@ -60,6 +60,10 @@ def test_the_test_of_fit_is_pearsons_and_tells_other_coins_apart():
     assert found == pytest.approx(stats.chisquare(pooled, 200 * chances).pvalue)
     assert ActiveBlocks(counts[::-1], stats.binom(8, 0.6).pmf(range(9)).tolist()).p_value() < 1e-6
     assert ActiveBlocks([0, 0, 60], [0.0, 0.0, 1.0]).p_value() == 1
+    # Six sixths of 5 are summed to 4.999999999999999.
+    drawn, chances = [2, 1, 0, 3, 1, 2, 21], [5 / 30 / 6] * 6 + [25 / 30]
+    found = ActiveBlocks(drawn, chances).p_value()
+    assert found == pytest.approx(stats.chisquare([9, 21], [5, 25]).pvalue)
 
 
 def run_of(path, silent, survival, epochs=3):

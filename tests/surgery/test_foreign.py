@@ -401,6 +401,8 @@ def test_a_predicate_or_classes_choose_the_blocks():
         sd.apply(model, example=X, exclude=Left())
     with pytest.raises(sd.errors.ApplyError, match=r"include=.* matches no module"):
         sd.apply(model, example=X, include=[InPlace])
+    with pytest.raises(sd.errors.ApplyError, match="include names no module at all: leave it out"):
+        sd.apply(model, example=X, include=[])
 
 
 class Layer(nn.Module):

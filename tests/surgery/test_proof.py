@@ -81,6 +81,8 @@ def test_without_time_one_set_of_blocks_is_closed_however_many_there_are(gate):
 
     assert passes(12, budget=0.0) == passes(1, budget=None)
     assert passes(12, budget=100.0) == passes(12, budget=None) > passes(12, budget=0.0)
+    with pytest.raises(sd.errors.ApplyError, match="budget='3': give the seconds"):
+        sd.apply(Counted(1), example=X, budget="3")
 
 
 class SkipsLayersInTheLoop(Trunk):

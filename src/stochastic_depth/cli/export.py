@@ -48,7 +48,8 @@ class Export:
     device: str | None = None
     """Where blocks are chosen and measured (none: on the device the run began on)."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """The file to write (none: named as the run, in the current folder)."""
+    """The file to write (none: named as the run, its --depth and --elastic, in the current
+    folder)."""
 
     def check(self) -> None:
         _check_share(self.depth)
@@ -57,6 +58,11 @@ class Export:
             raise ConfigError(
                 "--elastic keeps all blocks, in a safetensors file: leave out --depth and --format"
             )
+
+    def default_name(self) -> Path:
+        """A file of its own for each depth, so that none replaces another."""
+        variant = "-elastic" if self.elastic else f"-depth-{self.depth:g}" if self.depth < 1 else ""
+        return Path(with_name(self.run).name + variant + SUFFIX[self.chosen_format()])
 
     def chosen_format(self) -> Format:
         """The format; if it is not given, that of the suffix of --out.
@@ -119,7 +125,7 @@ def export(arguments: list[str]) -> int:
     asked = parse(Export, "export", arguments)
     require_run(asked.run)
     form = asked.chosen_format()
-    path = asked.out or Path(with_name(asked.run).name + SUFFIX[form])
+    path = asked.out or asked.default_name()
     require_output(path, form)
     require_output(path.with_name(path.name + ".json"), "description")
     from stochastic_depth.cli.console import PlainConsole

@@ -67,7 +67,7 @@ class ActiveBlocks:
         total, pools, drawn, expected = sum(self.counts), [], 0, 0.0
         for count, chance in zip(self.counts, self.expected, strict=True):
             drawn, expected = drawn + count, expected + total * chance
-            if expected >= 5:
+            if expected > 5 - 1e-9:  # a sum of exactly 5 may be rounded down
                 pools.append((drawn, expected))
                 drawn, expected = 0, 0.0
         if not pools:

@@ -170,6 +170,8 @@ def apply(
         closed=closed,
     )
     seed = integer("seed", seed)
+    if budget is not None and real_number(budget) is None:
+        raise ApplyError(f"budget={budget!r}: give the seconds of the proof, or None for no limit")
     refuse(model, example)
     selected = select_modules(model, include, exclude)
 

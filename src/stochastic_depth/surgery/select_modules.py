@@ -58,6 +58,8 @@ def _matching(model: nn.Module, selectors: ModuleSelector, option: str) -> froze
             for name, _ in model.named_modules()
             if any(not root or name == root or name.startswith(f"{root}.") for root in roots)
         }
+    if option == "include" and not matching:
+        raise ApplyError("include names no module at all: leave it out to look in every module")
     return frozenset(matching)
 
 
