@@ -15,11 +15,10 @@ from typing import Literal
 
 import torch
 
-from stochastic_depth.data.sources import SOURCES
 from stochastic_depth.errors import ApplyError
 from stochastic_depth.lab.recorded import RecordedRun
 from stochastic_depth.lab.style import CONSTANT_COLOUR, STOCHASTIC
-from stochastic_depth.models.networks import NETWORKS
+from stochastic_depth.lab.titles import titles
 from stochastic_depth.plain_text import count_text
 from stochastic_depth.surgery import summary
 from stochastic_depth.train import Config, Record, SurvivalConfig, best_record
@@ -320,25 +319,11 @@ def experiments(runs: Sequence[RecordedRun]) -> list[Experiment]:
     for run in measured:
         setting = replace(run.run.config.without_seed(), survival=SurvivalConfig(rule="constant"))
         alike.setdefault((setting, run.run.fingerprint), []).append(run)
-    found: list[Experiment] = []
-    for (setting, _), members in alike.items():
-        title, number = describe(setting), sum(e.title.startswith(describe(setting)) for e in found)
-        found.append(Experiment(f"{title} ({number + 1})" if number else title, _series(members)))
-    return found
-
-
-def describe(config: Config) -> str:
-    """The network, the data and the epochs, as text."""
-    network = NETWORKS[config.model.kind]
-    return f"{network.family}-{config.model.depth} on {describe_data(config)}"
-
-
-def describe_data(config: Config) -> str:
-    """The data and the epochs, as text."""
-    data = SOURCES[config.data.name].title
-    if config.data.train is not None:
-        data += f" ({config.data.train:,} images)"
-    return f"{data}, {count_text(config.epochs, 'epoch')}"
+    names = titles([setting for setting, _ in alike])
+    return [
+        Experiment(name, _series(members))
+        for name, members in zip(names, alike.values(), strict=True)
+    ]
 
 
 def _series(runs: list[RecordedRun]) -> tuple[Series, ...]:

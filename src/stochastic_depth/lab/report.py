@@ -10,17 +10,12 @@ from stochastic_depth.lab.bench.depth_chart import depth_cost
 from stochastic_depth.lab.charts import Figure
 from stochastic_depth.lab.ensemble_chart import ensemble_figure
 from stochastic_depth.lab.gradients_chart import block_gradients, gradient_strength
-from stochastic_depth.lab.outcomes import (
-    Experiment,
-    describe,
-    describe_data,
-    distinct,
-    experiments,
-)
+from stochastic_depth.lab.outcomes import Experiment, distinct, experiments
 from stochastic_depth.lab.pruning_chart import pruned_blocks
 from stochastic_depth.lab.recorded import RecordedRun, RecordedSweep, Sources
 from stochastic_depth.lab.sweep.charts import depth_sweep, gates_sweep, survival_sweep
-from stochastic_depth.lab.tables import ReportTable, Tile, flat, overview, settings, tables, tiles
+from stochastic_depth.lab.tables import ReportTable, Tile, overview, settings, tables, tiles
+from stochastic_depth.lab.titles import describe, describe_data, flat
 from stochastic_depth.lab.training_curves import training_curves, training_time
 from stochastic_depth.plain_text import count_text
 

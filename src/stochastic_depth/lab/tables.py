@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from rich.table import Table
 
@@ -15,6 +14,7 @@ from stochastic_depth.lab.formatting import (
 )
 from stochastic_depth.lab.outcomes import Experiment, RunOutcome, Series, Spread
 from stochastic_depth.lab.recorded import RecordedRun
+from stochastic_depth.lab.titles import flat
 from stochastic_depth.plain_text import count_text
 from stochastic_depth.recipes import PUBLISHED, RECIPES, Published
 from stochastic_depth.train import Config
@@ -238,19 +238,3 @@ def _state(run: RecordedRun) -> list[str]:
         return [state, "", ""]
     found = RunOutcome.of(run.records)
     return [state, f"{found.test_error_best:.2f} %", duration(found.seconds)]
-
-
-def flat(described: dict[str, Any]) -> dict[str, str]:
-    """Nested values under dotted names, as on the command line."""
-    values: dict[str, str] = {}
-
-    def put(name: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, item in value.items():
-                put(f"{name}.{key}" if name else key, item)
-        else:
-            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-            values[name] = "" if shown is None else str(shown)
-
-    put("", described)
-    return values
