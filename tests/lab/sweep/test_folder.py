@@ -170,6 +170,22 @@ def test_points_on_different_data_are_not_averaged(sweep, older):
             read_sources([sweep.folder])
 
 
+def test_finished_runs_under_the_names_of_others_are_refused(sweep):
+    first, second, *_ = GRID.points()
+    train_point(sweep, first, lambda: None)
+    sweep.path(first).rename(sweep.path(second))
+    shown = (
+        rf"{second.name} is not the run of this .* its config\.survival\.final is 0\.3, not 0\.6"
+    )
+    for read in (
+        lambda: read_sources([sweep.folder]),
+        lambda: sweep_table(sweep),
+        lambda: open_sweep(sweep.folder, "survival", GRID, SMALL),
+    ):
+        with pytest.raises(RunError, match=shown):
+            read()
+
+
 def test_a_sweep_that_has_ended_is_read_without_a_lock_and_without_its_data(
     pictures, tmp_path, monkeypatch
 ):
