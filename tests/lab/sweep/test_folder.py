@@ -101,8 +101,13 @@ def test_a_sweep_of_which_a_run_cannot_be_trained_makes_no_folder(grid, config, 
 @pytest.mark.parametrize("text", ["{", "[]", "null"])
 def test_a_damaged_description_is_named(sweep, text):
     (sweep.folder / "sweep.json").write_text(text)
-    with pytest.raises(RunError, match=r"sweep\.json cannot be understood"):
+    shown = (
+        r"sweep\.json cannot be understood: remove it and repeat the command that began the sweep"
+    )
+    with pytest.raises(RunError, match=shown):
         open_sweep(sweep.folder, "survival", GRID, SMALL)
+    (sweep.folder / "sweep.json").unlink()
+    assert open_sweep(sweep.folder, "survival", GRID, SMALL) == sweep
 
 
 @pytest.fixture

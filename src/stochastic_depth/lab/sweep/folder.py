@@ -327,8 +327,13 @@ def _read(sweep_file: Path) -> dict[str, Any]:
         if not isinstance(found.get("fingerprint", ""), str):
             raise TypeError("its fingerprint is no text")
         return found
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RunError(f"{sweep_file} cannot be understood: {error}") from error
+    except OSError as error:
+        raise RunError(f"{sweep_file} cannot be read: {reason(error)}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RunError(
+            f"{sweep_file} cannot be understood: remove it and repeat the command that began the "
+            f"sweep, whose runs stay ({error})"
+        ) from error
 
 
 def _difference(name: str, found: Any, wanted: Any) -> str:
