@@ -316,6 +316,12 @@ def test_counts_have_an_end(small, name):
         (b"", r"config\.json is empty: put the original back, or remove \S+ and begin another run"),
         (b"[]", r"config\.json does not describe a run: put the original back"),
         (
+            b'{"format": 3, "id',
+            r"config\.json is damaged .* put the original back, or begin another",
+        ),
+        (bytes(2000), r"config\.json is damaged .* put the original back, or begin another run"),
+        (b"[" * 9_999, r"config\.json is damaged .* put the original back, or begin another run"),
+        (
             b'{"format": 1}',
             r"was written by another version of this library: the format in its config\.json is 1, "
             "and this version reads 3; use the version that wrote it",

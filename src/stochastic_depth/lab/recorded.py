@@ -212,7 +212,7 @@ def load_trained(
 
 def _sweep(path: Path) -> RecordedSweep:
     sweep, runs = read_sweep(path), tuple(map(read_run, _runs_of(path)))
-    sweep.require_data(recorded.run for recorded in runs)
+    sweep.require_own(recorded.run for recorded in runs)
     return RecordedSweep(sweep, runs)
 
 

@@ -271,7 +271,10 @@ def open_run(path: Path) -> Run:
             (channels, height, width),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RunError(f"{config_file} cannot be understood: {error}") from error
+        raise RunError(
+            f"{config_file} is damaged or was edited, it cannot be understood: put the original "
+            f"back, or begin another run ({error})"
+        ) from error
 
 
 def checksum(description: dict[str, Any]) -> str:

@@ -101,8 +101,13 @@ def test_a_sweep_of_which_a_run_cannot_be_trained_makes_no_folder(grid, config, 
 @pytest.mark.parametrize("text", ["{", "[]", "null"])
 def test_a_damaged_description_is_named(sweep, text):
     (sweep.folder / "sweep.json").write_text(text)
-    with pytest.raises(RunError, match=r"sweep\.json cannot be understood"):
+    shown = (
+        r"sweep\.json cannot be understood: remove it and repeat the command that began the sweep"
+    )
+    with pytest.raises(RunError, match=shown):
         open_sweep(sweep.folder, "survival", GRID, SMALL)
+    (sweep.folder / "sweep.json").unlink()
+    assert open_sweep(sweep.folder, "survival", GRID, SMALL) == sweep
 
 
 @pytest.fixture
@@ -168,6 +173,22 @@ def test_points_on_different_data_are_not_averaged(sweep, older):
     else:
         with pytest.raises(RunError, match=f"data with fingerprint {began[:12]}, its runs began"):
             read_sources([sweep.folder])
+
+
+def test_finished_runs_under_the_names_of_others_are_refused(sweep):
+    first, second, *_ = GRID.points()
+    train_point(sweep, first, lambda: None)
+    sweep.path(first).rename(sweep.path(second))
+    shown = (
+        rf"{second.name} is not the run of this .* its config\.survival\.final is 0\.3, not 0\.6"
+    )
+    for read in (
+        lambda: read_sources([sweep.folder]),
+        lambda: sweep_table(sweep),
+        lambda: open_sweep(sweep.folder, "survival", GRID, SMALL),
+    ):
+        with pytest.raises(RunError, match=shown):
+            read()
 
 
 def test_a_sweep_that_has_ended_is_read_without_a_lock_and_without_its_data(

@@ -140,7 +140,9 @@ def test_a_foreign_run_in_the_way_is_named(sweep, tmp_path):
     train_point(other, point, lambda: None)
     (other.path(point) / "model.safetensors").unlink()
     other.path(point).rename(sweep.path(point))
-    with pytest.raises(RunError, match="another configuration than its sweep"):
+    with pytest.raises(
+        RunError, match=r"not the run of this point .* its config\.epochs is 1, not 2; move"
+    ):
         train_point(sweep, point, lambda: None)
 
 

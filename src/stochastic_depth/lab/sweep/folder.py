@@ -161,12 +161,25 @@ class Sweep:
         path = self.path(point)
         return open_run(path).records() if is_there(path) else []
 
-    def require_data(self, runs: Iterable[Run]) -> None:
-        """Refuse `runs` of this sweep that began on other data than the sweep, or than each other.
+    def require_own(self, runs: Iterable[Run]) -> None:
+        """Refuse runs that are not those of this sweep's points, or that began on other data.
+
+        A folder's name is no proof: it may have been renamed, or copied from another sweep.
 
         Raises:
-            RunError: naming both fingerprints.
+            RunError: naming the first value that differs, or both fingerprints.
         """
+        runs = list(runs)
+        configs = {point.name: config for point, config in self.configs.items()}
+        for run in runs:
+            own = run.config.without_io().to_json()
+            wanted = configs.get(run.path.name, run.config).without_io().to_json()
+            if own != wanted:
+                raise RunError(
+                    f"{run.path} is not the run of this point of its sweep: "
+                    f"{_difference('config', own, wanted)}; move it elsewhere, and the sweep "
+                    "trains its own"
+                )
         found = common_fingerprint(runs)
         if found and self.fingerprint and found != self.fingerprint:
             raise RunError(
@@ -184,8 +197,8 @@ def open_sweep(folder: Path, kind: SweepKind, grid: Grid, config: Config) -> Swe
     Raises:
         ApplyError, ConfigError, DataError: when the grid has a run that cannot be trained; then no
             folder is created.
-        RunError: when `folder` contains another sweep, or something else, or was begun on other
-            data; and when it cannot be written.
+        RunError: when `folder` contains another sweep, runs of another one, or something else, or
+            was begun on other data; and when it cannot be written.
     """
     sweep = Sweep(folder, kind, grid, config)
     sweep_file = folder / "sweep.json"
@@ -209,7 +222,7 @@ def open_sweep(folder: Path, kind: SweepKind, grid: Grid, config: Config) -> Swe
     points = grid.points()
     paths = [path for path in map(sweep.path, points) if is_there(path / layout.CONFIG)]
     sweep = replace(sweep, fingerprint=found.get("fingerprint"))
-    sweep.require_data(begun := [open_run(path) for path in paths])
+    sweep.require_own(begun := [open_run(path) for path in paths])
     sweep = replace(sweep, fingerprint=sweep.fingerprint or common_fingerprint(begun))
     if all(map(sweep.ended, points)):
         return sweep
@@ -314,8 +327,13 @@ def _read(sweep_file: Path) -> dict[str, Any]:
         if not isinstance(found.get("fingerprint", ""), str):
             raise TypeError("its fingerprint is no text")
         return found
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RunError(f"{sweep_file} cannot be understood: {error}") from error
+    except OSError as error:
+        raise RunError(f"{sweep_file} cannot be read: {reason(error)}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RunError(
+            f"{sweep_file} cannot be understood: remove it and repeat the command that began the "
+            f"sweep, whose runs stay ({error})"
+        ) from error
 
 
 def _difference(name: str, found: Any, wanted: Any) -> str:

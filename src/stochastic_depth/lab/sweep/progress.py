@@ -116,11 +116,12 @@ def sweep_table(sweep: Sweep) -> Table:
     """A row for each rule, p_L and depth: means over the seeds that are done.
 
     Raises:
-        RunError: when a run cannot be read, has lost a part of its journal, or is on other data.
+        RunError: when a run cannot be read, has lost a part of its journal, is of another sweep,
+            or is on other data.
     """
     points = sweep.grid.points()
     finished = {point: read_run(sweep.path(point)) for point in points if sweep.done(point)}
-    sweep.require_data(recorded.run for recorded in finished.values())
+    sweep.require_own(recorded.run for recorded in finished.values())
     caption = "seconds of training compare only where one worker ran at a time"
     table = Table(
         title=f"{sweep.config.data.name}, {sweep.config.model.kind}, "

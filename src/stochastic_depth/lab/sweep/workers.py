@@ -215,8 +215,7 @@ def _open(sweep: Sweep, point: Point) -> tuple[Run, Batches]:
     if not is_there(path):
         return begin(config, path, sweep.fingerprint)
     run, batches = reopen(path, config.data.root)
-    if run.config.without_io() != config.without_io():
-        raise RunError(f"{path} has another configuration than its sweep: remove it")
+    sweep.require_own([run])
     torch.set_num_threads(run.runtime.threads)  # so that sums are rounded as before
     return run, batches
 
