@@ -255,7 +255,9 @@ def sync_folder(folder: Path) -> None:
 def reason(error: OSError) -> str:
     """The message of the operating system, and the remedy if the disk is full."""
     message = error.strerror or str(error)
-    return f"{message}; make room, then resume" if error.errno in _FULL else message
+    if error.errno in _FULL:
+        message += "; make room, then resume the run or repeat the command"
+    return message
 
 
 @contextmanager

@@ -153,7 +153,8 @@ def test_a_full_disk_under_the_output_is_told(arguments):
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert ended.returncode == 1
     assert ended.stderr == (
-        "error: the output cannot be written: No space left on device; make room, then resume\n"
+        "error: the output cannot be written: No space left on device; make room, then resume the "
+        "run or repeat the command\n"
     )
 
 

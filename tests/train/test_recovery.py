@@ -199,7 +199,7 @@ def _(runs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     runs.monkeypatch.setattr(os, "fsync", full)
-    assert "No space left on device; make room, then resume" in runs.refused()
+    assert "No space left on device; make room, then resume the run" in runs.refused()
     runs.monkeypatch.setattr(os, "fsync", fsync)
     runs.resume(path)
     runs.ends_as_if_nothing_had_happened()
