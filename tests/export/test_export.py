@@ -3,6 +3,7 @@ import json
 import struct
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 
 import onnx as onnx_library
 import onnxruntime
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import stochastic_depth as sd
 from stochastic_depth.cli import main
+from stochastic_depth.cli.export import Export
 from stochastic_depth.export import load_export
 from stochastic_depth.export.description import CHECKSUM, KEY
 from stochastic_depth.export.network import plain_network
@@ -150,6 +152,28 @@ def test_an_elastic_file_gives_what_it_measured_at_every_depth(elastic, trained,
         assert choice.seconds > 0
     flops = [choice.flops for choice in whole.description.choices]
     assert flops == sorted(flops, reverse=True)
+
+
+def test_no_export_of_a_run_is_named_as_another():
+    networks = [
+        {},
+        {"format": "onnx"},
+        {"checkpoint": "last"},
+        {"depth": 0.5},
+        {"depth": 0.75},
+        {"depth": 0.5, "checkpoint": "last"},
+        {"elastic": True},
+    ]
+    named = [Export(Path("runs/net"), **options).default_name().name for options in networks]
+    assert named == [
+        "net.safetensors",
+        "net.onnx",
+        "net-last.safetensors",
+        "net-depth-0.5.safetensors",
+        "net-depth-0.75.safetensors",
+        "net-last-depth-0.5.safetensors",
+        "net-elastic.safetensors",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,8 @@ class Export:
     device: str | None = None
     """Where blocks are chosen and measured (none: on the device the run began on)."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """The file to write (none: named as the run, its --depth and --elastic, in the current
-    folder)."""
+    """The file to write (none: in the current folder, named as the run and by --checkpoint last,
+    --depth and --elastic)."""
 
     def check(self) -> None:
         _check_share(self.depth)
@@ -60,9 +60,15 @@ class Export:
             )
 
     def default_name(self) -> Path:
-        """A file of its own for each depth, so that none replaces another."""
-        variant = "-elastic" if self.elastic else f"-depth-{self.depth:g}" if self.depth < 1 else ""
-        return Path(with_name(self.run).name + variant + SUFFIX[self.chosen_format()])
+        """A file of its own for each network that a run can give, so that none replaces another."""
+        name = with_name(self.run).name
+        if self.checkpoint != "best":
+            name += f"-{self.checkpoint}"
+        if self.elastic:
+            name += "-elastic"
+        elif self.depth < 1:
+            name += f"-depth-{self.depth:g}"
+        return Path(name + SUFFIX[self.chosen_format()])
 
     def chosen_format(self) -> Format:
         """The format; if it is not given, that of the suffix of --out.

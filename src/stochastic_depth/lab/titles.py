@@ -30,13 +30,14 @@ def titles(configs: Sequence[Config]) -> list[str]:
     Where the descriptions are equal, the settings that differ follow. Where these are equal too,
     because the data differ and are described alike, a number follows.
     """
+    described = [(describe(config), flat(config.to_json())) for config in configs]
     alike: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
-    for config in configs:
-        alike[describe(config)].append(flat(config.to_json()))
+    for title, settings in described:
+        alike[title].append(settings)
     found, counts = [], Counter[str]()
-    for config in configs:
-        others = alike[title := describe(config)]
-        for name, value in flat(config.to_json()).items():
+    for title, settings in described:
+        others = alike[title]
+        for name, value in settings.items():
             if value and any(other[name] != value for other in others):
                 title += f", {name.rpartition('.')[2].replace('_', ' ')} {value}"
         counts[title] += 1
