@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from stochastic_depth.plain_text import command, si
+from stochastic_depth.plain_text import command, epoch_text, si
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,10 @@ def test_a_shell_splits_a_command_into_the_arguments_it_was_made_of() -> None:
     assert printed.startswith("stochastic-depth train --resume '")
     assert shlex.split(printed)[1:] == ["train", "--resume", str(path), "--seed", "3"]
     assert command("train", "--resume", "runs/a") == "stochastic-depth train --resume runs/a"
+
+
+@pytest.mark.parametrize(
+    ("epoch", "shown"), [(0, "0"), (0.5, "0.5"), (3.98864, "3.99"), (100, "100"), (163.999, "164")]
+)
+def test_an_epoch_has_at_most_two_decimals(epoch: float, shown: str) -> None:
+    assert epoch_text(epoch) == shown

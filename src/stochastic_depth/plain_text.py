@@ -31,6 +31,11 @@ def count_text(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
+def epoch_text(epoch: float) -> str:
+    """An epoch with at most two decimals: "12", "3.99"."""
+    return f"{epoch:.2f}".rstrip("0").rstrip(".")
+
+
 def command(*arguments: object) -> str:
     """The command that calls this program with `arguments`, as a shell takes it."""
     return shlex.join(["stochastic-depth", *map(str, arguments)])

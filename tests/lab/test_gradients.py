@@ -48,9 +48,15 @@ def test_an_epoch_is_one_of_the_journal(two):
 def test_an_epoch_that_is_no_whole_number_is_given_as_it_is_shown(two, tmp_path):
     thirds = [record(step, step / 3, 1.0, []) for step in range(1, 13)]
     run = run_with(two[0].run, tmp_path / "thirds", thirds)
-    assert record_at(run, float("0.333333")).step == 1
-    with pytest.raises(RunError, match=r"from 0.333333, 0.666667, 1, ..., 4$"):
+    assert record_at(run, float("0.33")).step == 1
+    with pytest.raises(RunError, match=r"from 0.33, 0.67, 1, ..., 4$"):
         record_at(run, 0.3)
+
+
+def test_of_records_that_are_shown_alike_the_nearest_is_given(two, tmp_path):
+    close = [record(step, step / 1000, 1.0, []) for step in range(1, 13)]
+    run = run_with(two[0].run, tmp_path / "close", close)
+    assert [record_at(run, epoch).step for epoch in (0.005, 0.007, 0.0072, 0.01)] == [5, 7, 7, 10]
 
 
 def test_epochs_that_are_not_chosen_are_spread_over_what_all_runs_have(two, pairs):

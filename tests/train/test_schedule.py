@@ -10,6 +10,13 @@ def test_the_rate_is_divided_by_ten_at_half_and_three_quarters():
     assert rates == pytest.approx([0.1] * 50 + [0.01] * 25 + [0.001] * 25)
 
 
+def test_a_milestone_falls_on_the_nearest_step():
+    config = OptimizerConfig(milestones=(0.55,))
+    assert 0.55 * 100 > 55
+    rates = [learning_rate(config, step, 100, 10) for step in range(100)]
+    assert rates == pytest.approx([0.1] * 55 + [0.01] * 45)
+
+
 def test_svhn_drops_after_30_and_35_of_50_epochs():
     config = RECIPES["svhn-resnet152"]()
     rates = [learning_rate(config.optimizer, 7 * e, 7 * 50, 7) for e in range(config.epochs)]

@@ -23,7 +23,7 @@ from stochastic_depth.cli.arguments import (
 )
 from stochastic_depth.errors import ConfigError, Interrupted, RunError
 from stochastic_depth.extras import require_report
-from stochastic_depth.plain_text import command
+from stochastic_depth.plain_text import command, epoch_text
 from stochastic_depth.recipes import RECIPES, describe_recipe
 from stochastic_depth.train.checks import at_least
 from stochastic_depth.train.config import Config
@@ -216,7 +216,7 @@ def run_table(run: "Run") -> "Table":
         table.add_column(column, justify="right")
     for name, record in (("best validation", best_record(records)), ("last", records[-1])):
         validation, test = f"{record.validation_error:.2f} %", f"{record.test_error:.2f} %"
-        table.add_row(name, f"{record.epoch:g}", validation, test)
+        table.add_row(name, epoch_text(record.epoch), validation, test)
     return table
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import altair as alt
 
 from stochastic_depth.lab.active_blocks import ActiveBlocks, active_blocks
-from stochastic_depth.lab.charts import Figure, Row, chart, colour, keys, layered
+from stochastic_depth.lab.charts import Figure, Row, at_epoch, chart, colour, keys, layered
 from stochastic_depth.lab.formatting import seeds
 from stochastic_depth.lab.outcomes import Experiment, Series
 from stochastic_depth.lab.style import LIGHT
@@ -61,7 +61,7 @@ def drop_rates_figure(experiment: Experiment) -> Figure | None:
             "s": row["series"],
             "x": row["epoch"],
             "y": row["drop_rate"],
-            "label": f"{row['series']}, epoch {row['epoch']:g}: {100 * row['drop_rate']:.1f} %",
+            "label": at_epoch(row["series"], row["epoch"], f"{100 * row['drop_rate']:.1f} %"),
         }
         for row in rows
     ]

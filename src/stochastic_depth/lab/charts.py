@@ -13,6 +13,7 @@ import altair as alt
 
 from stochastic_depth.lab.outcomes import Experiment, Series
 from stochastic_depth.lab.style import LIGHT
+from stochastic_depth.plain_text import epoch_text
 from stochastic_depth.train import Record
 
 Row = Mapping[str, Any]
@@ -83,6 +84,11 @@ def hover(values: Sequence[Row]) -> alt.Chart:
     """Points that appear under the pointer; the text of each is its `label`."""
     points = chart(values).mark_point(filled=True, opacity=0, size=50)
     return points.encode(description="label:N")
+
+
+def at_epoch(what: str, epoch: float, value: str) -> str:
+    """The label of a point: whose value it is, when, and the value."""
+    return f"{what}, epoch {epoch_text(epoch)}: {value}"
 
 
 def keys(series: Sequence[Series]) -> tuple[Key, ...]:
@@ -179,7 +185,7 @@ def curve_panel(
         thick += [{"s": series.name, "x": x, "y": y} for x, y, _ in means if y > 0]
         every = math.ceil(len(means) / POINTS_OF_CURVE)
         points += [
-            {"s": series.name, "x": x, "y": y, "label": f"{series.name}, epoch {x:g}: {text}"}
+            {"s": series.name, "x": x, "y": y, "label": at_epoch(series.name, x, text)}
             for x, y, text in ((x, y, _label(values, label)) for x, y, values in means[::-every])
             if y > 0
         ]

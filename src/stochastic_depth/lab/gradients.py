@@ -9,6 +9,7 @@ from rich.table import Table
 from stochastic_depth.errors import RunError
 from stochastic_depth.lab.outcomes import CONSTANT, Spread
 from stochastic_depth.lab.recorded import RecordedRun
+from stochastic_depth.plain_text import epoch_text
 from stochastic_depth.train import Record
 
 
@@ -44,12 +45,13 @@ def record_at(recorded: RecordedRun, epoch: float) -> Record:
     Raises:
         RunError: when the journal has none; names the epochs that it has.
     """
-    records = {f"{record.epoch:g}": record for record in recorded.records}
-    if (shown := f"{epoch:g}") in records:
-        return records[shown]
-    known = (
-        list(records) if len(records) <= 10 else [*list(records)[:3], "...", *list(records)[-1:]]
-    )
+    shown = epoch_text(epoch)
+    alike = [record for record in recorded.records if epoch_text(record.epoch) == shown]
+    if alike:
+        return min(alike, key=lambda record: abs(record.epoch - epoch))
+    known = [epoch_text(record.epoch) for record in recorded.records]
+    if len(known) > 10:
+        known = [*known[:3], "...", known[-1]]
     path, remedy = recorded.run.path, f"choose --epochs from {', '.join(known)}"
     raise RunError(f"{path} has no epoch {shown} in its journal: {remedy}")
 
@@ -91,7 +93,7 @@ def first_table(epochs: Sequence[float], found: dict[str, Gradients]) -> Table:
     if has_ratio:
         table.add_column("ratio", justify="right")
     for at, epoch in enumerate(epochs):
-        row = [f"{epoch:g}", *(_small(of_kind.first[at]) for of_kind in found.values())]
+        row = [epoch_text(epoch), *(_small(of_kind.first[at]) for of_kind in found.values())]
         if has_ratio:
             ratio = found[others[0]].first[at].mean / found[CONSTANT].first[at].mean
             row.append(f"{ratio:.2f}")
@@ -112,7 +114,7 @@ def block_table(name: str, epochs: Sequence[float], found: Gradients, most: int)
         ),
         title_justify="left",
     )
-    for column in ("block", *(f"epoch {epoch:g}" for epoch in epochs)):
+    for column in ("block", *(f"epoch {epoch_text(epoch)}" for epoch in epochs)):
         table.add_column(column, justify="right")
     blocks = len(found.blocks[0])
     for block in sorted({round(i * (blocks - 1) / (most - 1)) for i in range(most)}):

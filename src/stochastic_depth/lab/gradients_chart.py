@@ -7,6 +7,7 @@ import altair as alt
 from stochastic_depth.lab.charts import (
     Figure,
     Row,
+    at_epoch,
     chart,
     colour,
     curve_panel,
@@ -18,6 +19,7 @@ from stochastic_depth.lab.charts import (
 from stochastic_depth.lab.formatting import seeds
 from stochastic_depth.lab.gradients import block_means
 from stochastic_depth.lab.outcomes import Experiment, Series
+from stochastic_depth.plain_text import epoch_text
 
 
 def gradient_strength(experiment: Experiment) -> Figure:
@@ -122,7 +124,7 @@ def _blocks_panel(experiment: Experiment, epoch: float, y: alt.Y) -> alt.LayerCh
             "s": series.name,
             "x": block,
             "y": mean,
-            "label": f"{series.name}, block {block}, epoch {epoch:g}: {mean:.3g}",
+            "label": at_epoch(f"{series.name}, block {block}", epoch, f"{mean:.3g}"),
         }
         for series in experiment.series
         for block, mean in _of_blocks(series, epoch)
@@ -135,7 +137,7 @@ def _blocks_panel(experiment: Experiment, epoch: float, y: alt.Y) -> alt.LayerCh
     return layered(
         base.mark_line(strokeWidth=1.6, aria=False),
         base.mark_point(filled=True, opacity=1, size=14).encode(description="label:N"),
-        title=f"Epoch {epoch:g}",
+        title=f"Epoch {epoch_text(epoch)}",
     )
 
 
@@ -150,5 +152,5 @@ def _blocks_sentence(experiment: Experiment, epoch: float) -> str:
                 f"{first} with {series.name} ({seeds(len(series.runs))})"
             )
     if not clauses:
-        return f"At epoch {epoch:g} fewer than two blocks have a gradient."
-    return f"At epoch {epoch:g} the gradient is {'; '.join(clauses)}."
+        return f"At epoch {epoch_text(epoch)} fewer than two blocks have a gradient."
+    return f"At epoch {epoch_text(epoch)} the gradient is {'; '.join(clauses)}."

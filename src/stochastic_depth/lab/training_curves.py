@@ -7,6 +7,7 @@ import altair as alt
 from stochastic_depth.lab.charts import (
     Figure,
     Row,
+    at_epoch,
     chart,
     colour,
     curve_panel,
@@ -24,6 +25,7 @@ from stochastic_depth.lab.formatting import (
 )
 from stochastic_depth.lab.outcomes import Experiment, Series
 from stochastic_depth.lab.style import LIGHT
+from stochastic_depth.plain_text import epoch_text
 
 
 def training_curves(experiment: Experiment) -> Figure:
@@ -74,7 +76,7 @@ def _curves_sentence(experiment: Experiment) -> str:
         f"{series.name} {percent(errors[series.name])} ({seeds(len(series.runs))})"
         for series in now.series
     )
-    sentence = f"Test error after epoch {epoch:g}: {clauses}."
+    sentence = f"Test error after epoch {epoch_text(epoch)}: {clauses}."
     if now.constant is None or len(now.stochastic) != 1:
         return sentence
     constant, stochastic = now.constant, now.stochastic[0]
@@ -158,7 +160,7 @@ def _dots(series: Series) -> list[Row]:
         {
             "s": series.name,
             "x": record.seconds,
-            "label": f"{name}, epoch {record.epoch:g}: {duration(record.seconds)}",
+            "label": at_epoch(name, record.epoch, duration(record.seconds)),
         }
         for name, record in chosen
     ]

@@ -180,5 +180,5 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int, steps_per_epoc
     """
     if step < config.warmup_epochs * steps_per_epoch:
         return config.warmup_rate
-    passed = sum(step >= fraction * steps for fraction in config.milestones)
+    passed = sum(step >= round(fraction * steps) for fraction in config.milestones)
     return config.learning_rate / config.divisor**passed

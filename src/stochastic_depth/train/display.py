@@ -16,7 +16,7 @@ from rich.text import Text
 from torch import Tensor
 
 from stochastic_depth.draw import open_shares
-from stochastic_depth.plain_text import escaped
+from stochastic_depth.plain_text import epoch_text, escaped
 from stochastic_depth.train.journal import Record
 from stochastic_depth.train.run_folder import Run
 from stochastic_depth.train.train_state import TrainState
@@ -97,7 +97,7 @@ class RunView:
     def line(self, record: Record) -> str:
         """The interval's main metrics in one line of at most 80 columns."""
         line = (
-            f"epoch {record.epoch:g}/{self.epochs} loss {record.train_loss:.3g} "
+            f"epoch {epoch_text(record.epoch)}/{self.epochs} loss {record.train_loss:.3g} "
             f"val {record.validation_error:.2f}% test {record.test_error:.2f}%"
         )
         if self.live:
