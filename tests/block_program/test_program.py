@@ -197,6 +197,18 @@ def test_the_scaling_of_evaluation_is_refused_in_a_step(context):
         program.step(*mini_batch(1))
 
 
+@pytest.mark.parametrize("part", ["", "stem.1", "blocks.2.branch.4"])
+def test_a_step_in_evaluation_mode_is_refused_before_it_changes_anything(part):
+    model, optimizer, program = programmed(6, sd.Uniform(0.5))
+    twin, twins_optimizer, twins_program = programmed(6, sd.Uniform(0.5))
+    model.get_submodule(part).eval()
+    with pytest.raises(sd.errors.EngineError, match=r"in evaluation mode: call model\.train\(\)"):
+        program.step(*mini_batch(0))
+    model.train()
+    assert torch.equal(program.step(*mini_batch(0)), twins_program.step(*mini_batch(0)))
+    assert_same_state((model, optimizer), (twin, twins_optimizer), rtol=0, atol=0)
+
+
 def test_with_memory_of_its_own_nothing_is_left_from_warming_up():
     model, handle, optimizer = network(6, sd.Uniform(0.5))
     twin, _, twins_optimizer = network(6, sd.Uniform(0.5))

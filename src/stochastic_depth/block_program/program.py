@@ -104,14 +104,25 @@ class Program:
             self.blocks.append(piece)
         head = linear_of(model.head, flat)
         self.head = Head(head, self.labels, x[-1], self.gradients[-1], kernels)
-        self.counters = self._join_counters(model)
+        self.norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        self.counters = _join_counters(self.norms)
         self.bytes_saved = 0
         """Bytes that the last step saved for its backward pass."""
         self._record(replay)
 
     @torch.no_grad()
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Forward, backward and update under the next gates; returns the loss, []."""
+        """Forward, backward and update under the next gates; returns the loss, [].
+
+        Raises:
+            EngineError: when a batch normalisation is in evaluation mode, or when a gate multiplies
+                its branch by p_l, as gates of evaluation do.
+        """
+        if not all(norm.training for norm in self.norms):
+            raise EngineError(
+                "the block program normalises by the statistics of the mini-batch, and a batch "
+                "normalisation is in evaluation mode: call model.train(), or use --engine eager"
+            )
         is_open = self._draw()
         self.images.copy_(images)
         self.labels.copy_(labels)
@@ -134,20 +145,8 @@ class Program:
         """Gradients of each block's first convolution after the last step."""
         return [block.layers[0].weight_gradient for block in self.blocks]
 
-    def _join_counters(self, model: nn.Module) -> Tensor:
-        """Make the batch counters of all normalisations views of one tensor: [1 + 2 blocks]."""
-        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-        counters = torch.stack([n.num_batches_tracked for n in norms])  # type: ignore[arg-type]
-        for norm, counter in zip(norms, counters, strict=True):
-            norm.num_batches_tracked = counter
-        return counters
-
     def _draw(self) -> list[bool]:
-        """Draw the next gates, and return which blocks are open.
-
-        Raises:
-            EngineError: when a gate multiplies its branch by p_l, as gates of evaluation do.
-        """
+        """Draw the next gates, and return which blocks are open; raises as `step` does."""
         if self.handle is None:
             return [True] * len(self.blocks)
         gates = self.handle.next_gates()
@@ -242,6 +241,14 @@ class Program:
         for tensor, value in zip(changed, before, strict=True):
             tensor.copy_(value)
         self.flat.gradients.zero_()
+
+
+def _join_counters(norms: Sequence[nn.BatchNorm2d]) -> Tensor:
+    """Make the batch counters of all normalisations views of one tensor: [1 + 2 blocks]."""
+    counters = torch.stack([n.num_batches_tracked for n in norms])  # type: ignore[arg-type]
+    for norm, counter in zip(norms, counters, strict=True):
+        norm.num_batches_tracked = counter
+    return counters
 
 
 def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
