@@ -4,6 +4,7 @@ The dictionaries in which `nn.Module` keeps its children, parameters and buffers
 wherever they are needed, because there is no public way to read or set just these.
 """
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,6 +68,7 @@ __all__ = [
     "tree_map",
     "tree_map_only",
     "tree_unflatten",
+    "unlogged_fake_tensors",
     "uses_replicate",
     "whole_call",
     "zero",
@@ -410,6 +412,20 @@ def changes_of(tensor: Tensor) -> int:
 def subclass_of(cls: type[Any], tensor: Tensor) -> Any:
     """A tensor of class `cls` over the same storage. Replacement: a faster `as_subclass`."""
     return Tensor._make_subclass(cls, tensor)
+
+
+@contextmanager
+def unlogged_fake_tensors() -> Iterator[None]:
+    """Keep the errors of operators on fake tensors, which are raised as well, out of the log.
+
+    Replacement: an option of `FakeTensorMode`.
+    """
+    log = logging.getLogger(FakeTensorMode.__module__)
+    log.disabled, was = True, log.disabled
+    try:
+        yield
+    finally:
+        log.disabled = was
 
 
 def zero(tensors: list[Tensor]) -> None:

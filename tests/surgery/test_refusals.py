@@ -561,3 +561,35 @@ def test_the_block_that_fails_is_named_in_whatever_form_p_is_given(survival, gat
     x = torch.randn(5, 6)
     with pytest.raises(sd.errors.UnsupportedBlockError, match=r"'branches\.1'.*exclude=\["):
         sd.apply(WritesOne(), survival, example=x, gate=gate)
+
+
+class Counts(nn.Module):
+    """Returns a number of each branch that has run."""
+
+    def __init__(self, together: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Plain() for _ in range(3))
+        self.sums, self.together = [], together
+        for block in self.blocks:
+            block.linear.register_forward_hook(self.collect)
+
+    def collect(self, _module, _inputs, output):
+        self.sums.append(torch.tensor(output.sum().item()))
+
+    def forward(self, x):
+        self.sums.clear()
+        for block in self.blocks:
+            x = block(x)
+        return x, torch.stack(self.sums) if self.together else list(self.sums)
+
+
+@pytest.mark.parametrize(
+    ("together", "named"),
+    [
+        (True, r"a tensor of shape \[2\], and its original \[3\]: if it collects a value"),
+        (False, "3 tensors, and its original 4: if it collects a value"),
+    ],
+)
+def test_a_value_of_each_branch_that_runs_is_the_reason(together, named):
+    with pytest.raises(sd.errors.UnsupportedBlockError, match=named):
+        sd.apply(Counts(together), example=torch.randn(3, WIDTH))

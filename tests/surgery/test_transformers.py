@@ -161,3 +161,16 @@ def test_attention_weights_are_handed_on_where_they_are_computed():
     model.set_attn_implementation("eager")
     sd.apply(model, sd.Uniform(0.5), example={"input_ids": IDS})
     assert len(model.eval()(IDS, output_attentions=True).attentions) == 4
+
+
+def test_router_logits_of_blocks_that_run_are_refused_with_a_remedy_that_works(caplog):
+    small = {**SMALL, "num_key_value_heads": 2, "num_local_experts": 2, "use_cache": False}
+    config = transformers.MixtralConfig(**small, output_router_logits=True)
+    model = transformers.MixtralForCausalLM(config)
+    example = {"input_ids": IDS, "labels": IDS}
+    named = r"\d tensors, and its original \d: if it collects a value of each block.* turn that off"
+    with pytest.raises(sd.errors.UnsupportedBlockError, match=named):
+        sd.apply(model, example=example)
+    assert not caplog.records
+    model.config.output_router_logits = False
+    assert len(sd.apply(model, example=example).blocks) == 4

@@ -36,7 +36,13 @@ from stochastic_depth.surgery.model_state import (
     preserved_randomness,
 )
 from stochastic_depth.tensors import ATOMS, attributes, tensors_in
-from stochastic_depth.torch_private import FakeTensorMode, no_modes, set_call, tree_flatten
+from stochastic_depth.torch_private import (
+    FakeTensorMode,
+    no_modes,
+    set_call,
+    tree_flatten,
+    unlogged_fake_tensors,
+)
 
 SHAPES = {"size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex"}
 SHAPES |= {"__len__", "element_size", "get_device", "is_contiguous", "stride", "is_signed"}
@@ -134,7 +140,7 @@ def _infer(node: Node) -> tuple[Any, bool]:
             args, kwargs = twin(node.args), twin(node.kwargs)
             function = node.function if node.module is None else twin(node.module)
             with no_modes(), _fake_tensors(), torch.no_grad(), under(node.context[1:], grad=False):
-                with asks:
+                with unlogged_fake_tensors(), asks:
                     result = function(*args, **kwargs)
                 return Shapes.of(result), asks.values
     except Exception:

@@ -1,7 +1,7 @@
 """Compare a model with gates with its original, and name the block that is wrong if they differ."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd as Dropout
 
 from stochastic_depth.errors import AdditionNotReachedError, UnsupportedBlockError
 from stochastic_depth.gates import CLOSED, OPEN, Gate
+from stochastic_depth.plain_text import count_text
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.edits import BRANCH_NOT_SEEN
@@ -162,8 +163,8 @@ class Comparison:
             return math.inf, BRANCH_NOT_SEEN
         except Exception as error:
             return math.inf, f"the model fails: {type(error).__name__}: {error}"
-        if [x.shape for x in found.outputs] != [x.shape for x in known.outputs]:
-            return math.inf, "the model returns tensors of different shapes"
+        if shapes := _different_shapes(known.outputs, found.outputs):
+            return math.inf, f"the model returns {shapes}: {COLLECTS}"
         difference = largest_difference(known.outputs, found.outputs)
         rounding = 1 if trial.unchanged else 100  # sums may be computed in a different order
         wrong = _different(known.gradients, found.gradients, rounding)
@@ -288,6 +289,11 @@ DRAWS = (
     "layers draw different ones)"
 )
 
+COLLECTS = (
+    "if it collects a value of each block, such as its router logits or its auxiliary loss, turn "
+    "that off"
+)
+
 
 def smallest(
     numbers: list[int], why: str, wrong: Callable[[list[int]], str]
@@ -328,6 +334,16 @@ def _step(model: nn.Module, run: Callable[..., Any]) -> Results:
     for parameter in model.parameters():
         parameter.grad = None
     return Results(outputs, gradients)
+
+
+def _different_shapes(expected: Sequence[Tensor], found: Sequence[Tensor]) -> str:
+    """How the shapes or the numbers of tensors differ; empty if they do not."""
+    if len(expected) != len(found):
+        return f"{count_text(len(found), 'tensor')}, and its original {len(expected)}"
+    for known, new in zip(expected, found, strict=True):
+        if known.shape != new.shape:
+            return f"a tensor of shape {list(new.shape)}, and its original {list(known.shape)}"
+    return ""
 
 
 def _different(
