@@ -16,7 +16,7 @@ from stochastic_depth.lab.drawing import file_png
 from stochastic_depth.lab.outcomes import Experiment, experiments
 from stochastic_depth.lab.recorded import read_run
 from stochastic_depth.lab.training_curves import training_curves, training_time
-from stochastic_depth.plain_text import count_text
+from stochastic_depth.plain_text import count_text, epoch_text
 from stochastic_depth.recipes import constant_depth
 from stochastic_depth.train import Config, Run, begin, fit, open_run, reopen
 from stochastic_depth.train.display import Display
@@ -151,11 +151,11 @@ def remarks(experiment: Experiment, epochs: int, seeds: int) -> Iterator[str]:
     reached, planned = trained[0].records[-1].epoch, experiment.config.epochs
     if reached < epochs / 2:
         yield (
-            f"{reached:g} of {count_text(epochs, 'epoch')} are too few to compare errors by: look "
+            f"{epoch_text(reached)} of {count_text(epochs, 'epoch')} are too few to compare errors by: look "
             "at the seconds and the active blocks"
         )
     if reached < planned or len(trained) < seeds:
-        done = f"{reached:g} of {count_text(planned, 'epoch')}"
+        done = f"{epoch_text(reached)} of {count_text(planned, 'epoch')}"
         if reached >= planned:
             done = f"{len(trained)} of {seeds} seeds"
         yield f"stopped after {done}, to end in time: the same command again resumes it"

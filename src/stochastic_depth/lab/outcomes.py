@@ -19,7 +19,7 @@ from stochastic_depth.errors import ApplyError
 from stochastic_depth.lab.recorded import RecordedRun
 from stochastic_depth.lab.style import CONSTANT_COLOUR, STOCHASTIC
 from stochastic_depth.lab.titles import titles
-from stochastic_depth.plain_text import count_text
+from stochastic_depth.plain_text import count_text, epoch_text
 from stochastic_depth.surgery import summary
 from stochastic_depth.train import Config, Record, SurvivalConfig, best_record
 from stochastic_depth.train.build import apply_survival, build_model
@@ -284,7 +284,7 @@ class Experiment:
         if all(run.finished for run in self.runs):
             return ""
         reached, epochs = min(run.records[-1].epoch for run in self.runs), self.config.epochs
-        return f"after {reached:g} of {count_text(epochs, 'epoch')}"
+        return f"after {epoch_text(reached)} of {count_text(epochs, 'epoch')}"
 
     def comparable(self) -> "Experiment":
         """The part that can be compared: finished runs if every series has one, or equal epochs.

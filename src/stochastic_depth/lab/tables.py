@@ -15,7 +15,7 @@ from stochastic_depth.lab.formatting import (
 from stochastic_depth.lab.outcomes import Experiment, RunOutcome, Series, Spread
 from stochastic_depth.lab.recorded import RecordedRun
 from stochastic_depth.lab.titles import flat
-from stochastic_depth.plain_text import count_text
+from stochastic_depth.plain_text import count_text, epoch_text
 from stochastic_depth.recipes import PUBLISHED, RECIPES, Published
 from stochastic_depth.train import Config
 
@@ -229,7 +229,7 @@ def settings(runs: Sequence[RecordedRun]) -> tuple[list[tuple[str, str]], Report
 
 def _state(run: RecordedRun) -> list[str]:
     reached = run.records[-1].epoch if run.records else 0
-    state = f"{reached:g} of {count_text(run.run.config.epochs, 'epoch')}"
+    state = f"{epoch_text(reached)} of {count_text(run.run.config.epochs, 'epoch')}"
     if run.finished:
         state = "finished"
     elif run.failed:
