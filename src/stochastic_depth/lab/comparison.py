@@ -151,8 +151,8 @@ def remarks(experiment: Experiment, epochs: int, seeds: int) -> Iterator[str]:
     reached, planned = trained[0].records[-1].epoch, experiment.config.epochs
     if reached < epochs / 2:
         yield (
-            f"{epoch_text(reached)} of {count_text(epochs, 'epoch')} are too few to compare errors by: look "
-            "at the seconds and the active blocks"
+            f"{epoch_text(reached)} of {count_text(epochs, 'epoch')} are too few to compare errors "
+            "by: look at the seconds and the active blocks"
         )
     if reached < planned or len(trained) < seeds:
         done = f"{epoch_text(reached)} of {count_text(planned, 'epoch')}"
