@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
+from stochastic_depth.surgery.adapters import registered
 from support.blocks import (
     ONE_ADDITION,
     WIDTH,
@@ -518,9 +519,34 @@ def test_a_forward_method_that_is_wrapped_after_sd_apply_is_not_warned_of():
         assert torch.equal(model(X), model[0](X))
 
 
-def test_a_class_is_registered_once():
-    with pytest.raises(sd.errors.ApplyError, match=r"SaysHow.*already registered"):
-        sd.register_unit(SaysHow)(skip_or_sum)
+def test_a_class_has_one_registered_function():
+    def another(block, gate, x):
+        return skip_or_sum(block, gate, x)
+
+    with pytest.raises(
+        sd.errors.ApplyError, match=r"SaysHow.*skip_or_sum is registered already.*keep one of them"
+    ):
+        sd.register_unit(SaysHow)(another)
+
+
+def test_a_cell_that_registers_a_function_can_be_run_again():
+    def cell(factor):
+        @sd.register_unit("notebook.Block")
+        def forward(block, gate, x):
+            return factor
+
+        return forward
+
+    cell(1)
+    again = cell(2)
+    notebook = type("Block", (Base,), {"__module__": "notebook", "__qualname__": "Block"})
+    assert registered(notebook) is again
+
+
+@pytest.mark.parametrize("given", ["Block", Base(), int, None])
+def test_what_is_no_class_of_modules_is_not_registered(given):
+    with pytest.raises(sd.errors.ApplyError, match="give a class of modules, or 'package"):
+        sd.register_unit(given)
 
 
 class Batchless(Base):

@@ -27,7 +27,8 @@ def register_unit(cls: type[nn.Module] | str) -> Callable[[GatedForward], GatedF
             It also covers derived classes that inherit its forward method.
 
     Raises:
-        ApplyError: when a function was registered for the class already.
+        ApplyError: when `cls` is neither, or has a function already. A function of the same module
+            and name replaces it, so that a cell of a notebook can be run again.
 
     Examples:
         >>> class Block(nn.Module):
@@ -43,11 +44,18 @@ def register_unit(cls: type[nn.Module] | str) -> Callable[[GatedForward], GatedF
         ...     return x + gate.scale(block.linear(gate.select(x * mask))), mask
     """
     name = cls if isinstance(cls, str) else _name(cls)
+    is_class = isinstance(cls, type) and issubclass(cls, nn.Module)
+    if not (is_class or (isinstance(cls, str) and "." in cls)):
+        raise ApplyError(
+            f"sd.register_unit({cls!r}): give a class of modules, or 'package.module.Class'"
+        )
 
     def register(forward: GatedForward) -> GatedForward:
-        if name in _registered:
+        known = _registered.get(name)
+        if known is not None and _name(known) != _name(forward):
             raise ApplyError(
-                f"sd.register_unit({name!r}): already registered, by {_registered[name]}"
+                f"sd.register_unit({name!r}): {_name(known)} is registered already, and "
+                f"{_name(forward)} would replace it: keep one of them"
             )
         _registered[name] = forward
         return forward
@@ -65,8 +73,10 @@ def registered(cls: type[nn.Module]) -> Callable[..., Any] | None:
     return None
 
 
-def _name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+def _name(named: Any) -> str:
+    """The module and name of a class or function; its `repr` where it has none."""
+    module, name = getattr(named, "__module__", ""), getattr(named, "__qualname__", "")
+    return f"{module}.{name}" if name else repr(named)
 
 
 @register_unit("transformers.models.mt5.modeling_mt5.MT5LayerSelfAttention")

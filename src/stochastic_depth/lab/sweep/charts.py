@@ -301,7 +301,7 @@ def _gating_sentence(errors: Mapping[str, list[float]]) -> str:
     """The best gating, constant depth, and one coin a batch against one a sample."""
     spreads = {name: Spread.of(of_name) for name, of_name in errors.items()}
     best = min(spreads, key=lambda name: spreads[name].mean)
-    clauses = [f"The lowest error has {best}, {percent(spreads[best])}"]
+    clauses = [f"Lowest error: {best}, {percent(spreads[best])}"]
     if best != "constant" and "constant" in spreads:
         clauses.append(f"constant depth has {percent(spreads['constant'])}")
     pair = [f"{name} {percent(spreads[name])}" for name in ("batch", "sample") if name in spreads]

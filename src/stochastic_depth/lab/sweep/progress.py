@@ -130,7 +130,7 @@ def sweep_table(sweep: Sweep) -> Table:
         caption="\n".join(filter(None, (caption, timing_note(finished.values())))),
         caption_justify="left",
     )
-    table.add_column("rule")
+    table.add_column("gating" if sweep.kind == "gates" else "rule")
     for name in ("p_L", "depth", "seeds", "test error", "seconds", "active"):
         table.add_column(name, justify="right", no_wrap=True)
     rows: dict[tuple, list] = {}
