@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from scipy import special
 
+import stochastic_depth as sd
 from stochastic_depth.draw import draw
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.lab.ensemble import (
@@ -188,3 +189,10 @@ def test_a_network_whose_closed_blocks_run_forward_is_no_ensemble(network, silen
     forward_only = replace(network, run=replace(network.run, config=config))
     with pytest.raises(ConfigError, match="every training step ran the whole network"):
         measure_ensemble(forward_only, 2, 0, silent)
+
+
+def test_a_schedule_that_has_ended_leaves_no_ensemble(network, silent):
+    sd.remove(network.model)
+    handle = sd.apply(network.model, sd.LinearDecay(0.5), schedule=lambda step: 0.0)
+    with pytest.raises(ConfigError, match=r"at step \d+: its schedule skips no block there"):
+        measure_ensemble(replace(network, handle=handle), 2, 0, silent)

@@ -134,10 +134,16 @@ def measure_ensemble(
             checkpoint.
 
     Raises:
-        ConfigError: as `require_ensemble`.
+        ConfigError: as `require_ensemble`, or when the schedule skips no block at the checkpoint.
     """
     handle, runtime = network.handle, network.run.runtime
     require_ensemble(network.run)
+    if min(handle.survival) == 1:
+        raise ConfigError(
+            f"{network.run.path} is no ensemble at step {network.step}: its schedule skips no "
+            "block there, so that every subnetwork is the whole network; give runs whose blocks "
+            "are skipped to the end"
+        )
     members = [draw_subnetwork(seed, member, handle.survival) for member in range(subnetworks)]
     scaled, unscaled = Score(), Score()
     groups = {
