@@ -301,6 +301,16 @@ def test_outputs_are_found_in_objects_and_missed_nowhere():
         sd.apply(Hides(), example=X)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_example_without_a_finite_output_proves_nothing(value):
+    model = Trunk()
+    with pytest.raises(ApplyError, match="Trunk returns no finite number on the example"):
+        sd.apply(model, example=torch.full_like(X, value))
+    assert len(sd.apply(model, example=X).blocks) > 1
+    with pytest.raises(ApplyError, match="no finite number"):
+        sd.verify(model, torch.full_like(X, value))
+
+
 def test_structure_is_found_on_the_meta_device_and_values_are_verified_later():
     with torch.device("meta"):
         model, example = Trunk(), torch.randn(4, 8)
@@ -793,12 +803,14 @@ class Masks(Plain):
     """Its branch is infinite where it does not count."""
 
     def forward(self, x):
-        return x + self.f(x).masked_fill(torch.arange(8) == 3, -torch.inf)
+        h = self.f(x.masked_fill(x.isinf(), 0))
+        return x + h.masked_fill(torch.arange(8) == 3, -torch.inf)
 
 
 def test_infinite_values_of_a_branch_are_no_reason_to_refuse():
     torch.manual_seed(0)
     model = nn.Sequential(Trunk(Masks), nn.Softmax(-1))
+    assert model(X).isfinite().all()
     assert len(sd.apply(model, drop_rate=0.5, example=X).blocks) == 3
 
 

@@ -31,7 +31,7 @@ def untouched_outputs(model: nn.Module, run: Callable[..., Any]) -> list[Tensor]
     """The outputs of a model in evaluation, before it has gates.
 
     Raises:
-        ApplyError: when the model returns no tensor that could be compared.
+        ApplyError: when the model returns no tensor that could be compared, or no finite number.
         GateError: when it returns a cache of keys and values.
     """
     with preserve_state(model), torch.no_grad():
@@ -39,12 +39,23 @@ def untouched_outputs(model: nn.Module, run: Callable[..., Any]) -> list[Tensor]
         output = run()
     refuse_cache(output)
     if tensors := tensors_in(output):
+        _require_finite(model, tensors)
         return tensors
     raise ApplyError(
         f"no tensor was found in the output of {type(model).__name__}, a {type(output).__name__}, "
         "so nothing can be proved: return a tensor, a tuple, a dict or a dataclass of them, or "
         "register the class with torch.utils._pytree"
     )
+
+
+def _require_finite(model: nn.Module, outputs: list[Tensor]) -> None:
+    """Raise `ApplyError` if all floating-point outputs are nan or infinite in every number."""
+    floating = [x for x in outputs if x.is_floating_point() and x.numel() and not x.is_meta]
+    if floating and not any(x.isfinite().any() for x in floating):
+        raise ApplyError(
+            f"{type(model).__name__} returns no finite number on the example, so nothing can be "
+            "proved: give an example, and weights, for which its outputs are finite"
+        )
 
 
 def check_evaluation(gated: Gated, untouched: list[Tensor]) -> tuple[int, float]:
