@@ -17,6 +17,13 @@ def test_a_milestone_falls_on_the_nearest_step():
     assert rates == pytest.approx([0.1] * 55 + [0.01] * 45)
 
 
+def test_a_warmup_ends_on_the_nearest_step():
+    config = OptimizerConfig(warmup_epochs=0.55, milestones=(0.9,))
+    assert 0.55 * 100 > 55
+    rates = [learning_rate(config, step, 200, 100) for step in range(180)]
+    assert rates == pytest.approx([0.01] * 55 + [0.1] * 125)
+
+
 def test_svhn_drops_after_30_and_35_of_50_epochs():
     config = RECIPES["svhn-resnet152"]()
     rates = [learning_rate(config.optimizer, 7 * e, 7 * 50, 7) for e in range(config.epochs)]

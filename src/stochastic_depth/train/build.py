@@ -178,7 +178,7 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int, steps_per_epoc
 
     In the paper, section 4, it is 0.1, divided by 10 at 50 % and at 75 % of the run.
     """
-    if step < config.warmup_epochs * steps_per_epoch:
+    if step < round(config.warmup_epochs * steps_per_epoch):
         return config.warmup_rate
     passed = sum(step >= round(fraction * steps) for fraction in config.milestones)
     return config.learning_rate / config.divisor**passed
