@@ -9,8 +9,8 @@ Under skipped="paper" they are zeros, under "freeze" None. When they are given d
   to its parameters, so that autograd reaches them when it would reach an open branch
   (`connect_to_graph`). Under "freeze" they are None again at the end of the backward pass, unless
   autograd has reached them on another way (`_Reached`).
-- Where a parameter has hooks that run when its gradient is accumulated, as those of an optimizer
-  that steps in the backward pass, the output is connected in the same way, and autograd accumulates
+- Where a parameter has hooks on its gradient, as those of an optimizer that steps in the backward
+  pass, or of `register_hook`, the output is connected in the same way, and autograd accumulates
   the zeros, so that the hooks run as they do for any other parameter.
 - Where no open branch and nothing else is trained, the output of the model is connected to them, so
   that the step has a graph (`with_closed_parameters`).

@@ -7,7 +7,7 @@ wherever they are needed, because there is no public way to read or set just the
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial, wraps
 from inspect import unwrap
 from types import CodeType, FrameType, GeneratorType
@@ -21,6 +21,7 @@ from torch.autograd import Variable
 from torch.distributed._composable.replicate import DDP as Replicated  # noqa: N811  # torch.distributed
 from torch.fx import _symbolic_trace
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import (  # torch.utils, as its documentation already has it
     TorchDispatchMode,
 )
@@ -35,12 +36,14 @@ from torch.utils._pytree import (  # torch.utils.pytree, which is not released y
 
 __all__ = [
     "FakeTensorMode",
+    "FunctionMode",
     "Replicated",
     "TorchDispatchMode",
     "at_end_of_backward",
     "backward_pass",
     "call_of",
     "changes_of",
+    "compilations_forgotten",
     "frame_of_module_call",
     "function_around",
     "generators",
@@ -206,13 +209,17 @@ def gradients_are_kept() -> bool:
     return True
 
 
-def gradient_hooks(parameter: Tensor) -> dict[int, Any]:
-    """The hooks that run when autograd has accumulated a gradient, by key; it may be changed.
+def gradient_hooks(parameter: Tensor) -> list[dict[int, Any]]:
+    """The hooks that run when autograd has computed, or accumulated, a gradient; may be changed.
 
-    An optimizer that steps in the backward pass uses them. Replacement: a public way to ask.
+    An optimizer that steps in the backward pass uses them, and noise that is added to gradients.
+    Replacement: a public way to ask.
+
+    Returns:
+        The dictionaries of hooks that are not empty, each by key.
     """
-    hooks = parameter._post_accumulate_grad_hooks
-    return {} if hooks is None else hooks
+    both = parameter._backward_hooks, parameter._post_accumulate_grad_hooks
+    return [hooks for hooks in both if hooks]
 
 
 def never_traced(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -357,6 +364,43 @@ def is_compiled(module: nn.Module) -> bool:
     """Whether `module.compile()` was called. Replacement: a public property of modules."""
     call = call_of(module)
     return call is not None and not getattr(call, "is_observer", False)
+
+
+class FunctionMode(TorchFunctionMode):
+    """A `TorchFunctionMode` under which functions that the user compiles run uncompiled.
+
+    The compiler would trace the mode itself, and fail. Replacement: a mode that it leaves alone.
+    """
+
+    def __enter__(self) -> "FunctionMode":
+        self._uncompiled = ExitStack()
+        if "torch._dynamo" in sys.modules:
+            self._uncompiled.enter_context(torch.compiler.set_stance("force_eager"))
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._uncompiled.close()
+
+
+@contextmanager
+def compilations_forgotten() -> Iterator[None]:
+    """While entered, whatever torch.compile compiles does not count towards its limits later.
+
+    The passes of a proof differ in gates and modes, and would use up the number of graphs that the
+    compiler keeps for a function. Replacement: a public count of compilations.
+    """
+
+    def compiled() -> int:
+        dynamo = sys.modules.get("torch._dynamo.utils")
+        return 0 if dynamo is None else sum(dynamo.counters["frames"].values())
+
+    before = compiled()
+    try:
+        yield
+    finally:
+        if compiled() != before:
+            torch.compiler.reset()
 
 
 def is_compiler_error(error: BaseException) -> bool:

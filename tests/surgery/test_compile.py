@@ -142,6 +142,38 @@ def compiled(model, example=None, backend=None, **options):
     return graphs, handle
 
 
+def test_the_proof_does_not_use_up_the_limit_of_functions_that_the_user_compiles():
+    def compiled_calls(model):
+        ran.clear()
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=False):
+            model(torch.randn(64, 4)).sum().backward()
+        return len(ran)
+
+    def backend(graph, inputs):
+        def run(*given):
+            ran.append(graph)
+            return graph.forward(*given)
+
+        return run
+
+    ran = []
+    gated = torch.compile(lambda v: torch.tanh(v) * v, backend=backend)
+
+    class Fused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.g = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return x + self.g(gated(self.f(x)))
+
+    model = nn.Sequential(Fused(), Fused(), Fused())
+    assert compiled_calls(model) == 3
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=False):
+        sd.apply(model, sd.Uniform(1.0), example=torch.randn(2, 4))
+    assert compiled_calls(model) == 3
+
+
 def train(model, handle, x, steps):
     """Training steps; the number of those after which each block was open and closed."""
     seen = torch.zeros(2, len(handle.blocks), dtype=torch.bool)

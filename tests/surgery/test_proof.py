@@ -4,6 +4,7 @@ import contextlib
 import copy
 import itertools
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -599,8 +600,30 @@ class NoisyInFunction(InFunction):
 @pytest.mark.parametrize("model", [InFunction, InCheckpoint, NoisyInFunction])
 @pytest.mark.parametrize("options", [{"drop_rate": 0.5}, {"gate": "sample"}, {"gate": "subset"}])
 def test_a_gradient_that_is_lost_on_the_way_is_noticed(model, options):
-    with pytest.raises(UnsupportedBlockError, match=r"gradient of '\S+' is not that of .*Function"):
+    with pytest.raises(UnsupportedBlockError, match=r"no gradient .* autograd\.Function"):
         sd.apply(model(), example=X, **options)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
+@pytest.mark.parametrize("model", [InFunction, InCheckpoint])
+@pytest.mark.parametrize("how", ["evaluation", "full depth", "forced and scaled"])
+def test_a_gradient_that_is_lost_in_use_is_an_error_of_the_backward_pass(model, how):
+    torch.manual_seed(0)
+    net = model()
+    handle = sd.apply(net, sd.Uniform(0.5), example=X)
+    around = {
+        "evaluation": contextlib.nullcontext,
+        "full depth": handle.full_depth,
+        "forced and scaled": partial(handle.forced, [True] * 3, scaled=True),
+    }[how]
+    with around():
+        out = net.train(how != "evaluation")(X)
+    x = net.stem(X)
+    for block in net.blocks:
+        x = x + 0.5 * (block.f(x).sin() if model is InFunction else block.f(x))
+    torch.testing.assert_close(out, x)
+    with pytest.raises(sd.errors.GateError, match=r"'blocks\.2.*no gradient .* autograd\.Function"):
+        out.sum().backward()
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
@@ -725,6 +748,83 @@ def test_other_inputs_that_take_another_path_are_left_out():
     assert [block.name for block in handle.blocks] == ["blocks.0", "blocks.2"]
 
 
+class Reads(Plain):
+    """Learned latents read the input, as in Perceiver."""
+
+    def forward(self, latents, x):
+        return latents + torch.softmax(self.f(latents) @ x.mT, -1) @ x
+
+
+class Perceiver(Trunk):
+    def __init__(self, expands: bool, loop: bool) -> None:
+        super().__init__(Reads)
+        self.latents = nn.Parameter(torch.randn(1, 3, 8))
+        self.expands, self.loop = expands, loop
+
+    def forward(self, x):
+        latents = self.latents.expand(len(x), -1, -1) if self.expands else self.latents
+        for block in self.blocks:
+            if self.loop:
+                latents = latents + torch.softmax(block.f(latents) @ x.mT, -1) @ x
+            else:
+                latents = block(latents, x)
+        return latents.flatten(1)
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_a_shortcut_that_is_broadcast_to_the_batch_is_noticed_on_one_sample(loop):
+    torch.manual_seed(0)
+    example = torch.randn(1, 5, 8)
+    handle = sd.apply(Perceiver(True, loop), example=example)
+    assert len(handle.blocks) == 3
+    with pytest.raises(
+        UnsupportedBlockError, match=r"'blocks\.0.*broadcast to the samples.*expand"
+    ):
+        sd.apply(Perceiver(False, loop), example=example)
+
+
+class Promotes(Plain):
+    """Ends its branch in float32, as a normalisation by weights of float32 does."""
+
+    def forward(self, x):
+        return x + self.f(x.to(self.f.weight.dtype)).float()
+
+
+class PromotesInLoop(Trunk):
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block.f(x.to(self.stem.weight.dtype)).float()
+        return x
+
+
+@pytest.mark.parametrize("model", [partial(Trunk, Promotes), PromotesInLoop])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_closed_block_has_the_dtype_of_the_sum(model, autocast):
+    torch.manual_seed(0)
+    net = model() if autocast else model().bfloat16()
+    x = X if autocast else X.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        handle = sd.apply(net, example=x)
+        for gates in itertools.product([False, True], repeat=3):
+            with handle.forced(gates):
+                assert net(x).dtype == torch.float32
+        with handle.forced([False, True, True]):
+            out = net(x)
+        h = net.stem(x).float()
+        for block in net.blocks[1:]:
+            h = h + block.f(h.to(net.stem.weight.dtype)).float()
+        torch.testing.assert_close(out, h, rtol=0, atol=0)
+
+
+def test_a_dtype_that_the_example_did_not_show_is_noticed_by_verify():
+    net = Trunk(Promotes)
+    sd.apply(net, example=X)
+    refused = pytest.raises(UnsupportedBlockError, match=r"bfloat16, .*float32: .* autocast")
+    with refused, torch.autocast("cpu", torch.bfloat16):
+        sd.verify(net, X)
+
+
 class TakesNoTokens(Trunk):
     def forward(self, x, tokens):
         return super().forward(x) + tokens.sum(-1, keepdim=True)
@@ -735,12 +835,13 @@ def test_an_input_may_be_empty():
     assert len(sd.apply(TakesNoTokens(), example=(X, tokens)).blocks) == 3
 
 
-def test_an_optimizer_that_steps_in_the_backward_pass_does_not_step_during_the_proof():
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_on_gradients_do_not_run_during_the_proof(register):
     torch.manual_seed(0)
     model = Trunk()
     steps = []
     for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(steps.append)
+        getattr(parameter, register)(lambda _: steps.append(1))
     sd.apply(model, drop_rate=0.5, example=X)
     sd.verify(model, X, repeats=1)
     assert not steps

@@ -31,8 +31,10 @@ from stochastic_depth.survival import (
     Survival,
     probabilities_of,
 )
+from stochastic_depth.torch_private import compilations_forgotten
 
 
+@compilations_forgotten()
 def apply(
     model: nn.Module,
     survival: Survival | Literal["own"] | None = None,

@@ -24,7 +24,6 @@ BRANCH_NOT_SEEN = (
     "torch.cat or F.pad), or the model branches on its values"
 )
 """The reason why a deferred block cannot be closed on the example on which it was found."""
-
 CallParameter = tuple[int | None, str | None]
 """A parameter of a function: its position, or None; and its name, or None if that is unknown."""
 
@@ -44,6 +43,9 @@ class AdditionEdit:
     """The calls by which other methods of the module reach this one, innermost first."""
     copies: bool = False
     """Whether to return a copy of the shortcut, because later code may change the sum in place."""
+    cast: str = ""
+    """The method of tensors that gives the shortcut the dtype of the sum, such as "float"; empty
+    if both have the same dtype."""
     not_shown: tuple[SourceLocation, ...] = ()
     """Additions alike in the same method that the example does not reach."""
 
@@ -104,6 +106,8 @@ class DeferredEdit:
     calls: tuple[BranchCalls, ...]
     copies: bool
     """As `AdditionEdit.copies`."""
+    cast: str = ""
+    """As `AdditionEdit.cast`."""
 
     def __str__(self) -> str:
         return f"the addition in {self.sites[0][0][1]}"

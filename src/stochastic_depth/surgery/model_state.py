@@ -52,7 +52,7 @@ def preserve_state(model: nn.Module) -> Iterator[Callable[[], None]]:
     compiled = [(module, call_of(module)) for module in modules]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     fused = torch.backends.mha.get_fastpath_enabled()
-    on_gradients = [hooks for p, _ in gradients if (hooks := gradient_hooks(p))]
+    on_gradients = [hooks for p, _ in gradients for hooks in gradient_hooks(p)]
     held = [(hooks, dict(hooks)) for hooks in on_gradients]
 
     def restore() -> None:

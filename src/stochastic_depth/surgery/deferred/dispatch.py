@@ -25,6 +25,7 @@ from stochastic_depth.surgery.deferred.gates import (
     add,
     addition_at,
     additions_of,
+    note_if_without_graph,
     selected_values,
 )
 from stochastic_depth.surgery.deferred.placeholder import (
@@ -163,6 +164,8 @@ def defer_call(node: Node, gives_tensor: bool = False) -> Any:
 
 def mark_as_branch(tape: Tape, additions: tuple[GatedAddition, ...], result: Any) -> Any:
     """A computed `result`, with its tensors marked as belonging to the branches of `additions`."""
+    if not torch.is_grad_enabled():
+        note_if_without_graph(additions)
     if isinstance(result, Tensor):
         return placeholder_of(Node.finished(tape, additions, result))
     if isinstance(result, tuple | list | dict) or dataclasses.is_dataclass(result):

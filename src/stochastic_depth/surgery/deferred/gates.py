@@ -26,7 +26,7 @@ from stochastic_depth.surgery.frames import CallSite
 from stochastic_depth.surgery.record.rejected import SCALED
 from stochastic_depth.surgery.rewrite.select_samples import select_drawn
 from stochastic_depth.tensors import map_structure
-from stochastic_depth.torch_private import recomputation
+from stochastic_depth.torch_private import function_around, recomputation
 
 
 def additions_of(found: list[Placeholder]) -> tuple[GatedAddition, ...]:
@@ -93,17 +93,46 @@ def add(
         if changes and isinstance(target, Placeholder):
             func = {"addcmul_": torch.addcmul}.get(name, torch.add)
         result = func(*new, **kwargs)
+        if addition.without_graph:
+            result = _RefusesBackward.apply(result, torch.zeros((), requires_grad=True), addition)
     elif changes and target is shortcut:
         result = shortcut
     else:
-        copies = addition.copies or changes
-        result = shortcut.clone() if copies else shortcut
+        cast = getattr(shortcut, addition.cast)() if addition.cast else shortcut
+        result = cast.clone() if addition.copies or changes else cast
     if changes and isinstance(target, Placeholder) and result is not target:
         # From now on it stands for this sum.
         target._node = Node.finished(target._node.tape, (), with_values(result))
         target._number = 0
     addition.reached += 1
     return result
+
+
+def note_if_without_graph(additions: tuple[GatedAddition, ...]) -> None:
+    """Note that a value of these branches was computed just now, without gradients, if it is within
+    an `autograd.Function` that is to have gradients."""
+    needing = [a for a in additions if a.recomputed is not None and not a.gate.detached]
+    if needing and function_around(sys._getframe(), checkpoints=True):
+        for addition in needing:
+            addition.without_graph = True
+
+
+class _RefusesBackward(torch.autograd.Function):
+    """The identity of a sum whose branch has lost its graph."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, anchor: Tensor, addition: GatedAddition) -> Tensor:
+        ctx.block = addition.name
+        return total.detach()  # not a view, which must not be changed in place
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise GateError(
+            f"block {ctx.block!r}: its branch has no gradient while its gate multiplies it, as by "
+            "p_l in evaluation, because a value of it goes through an autograd.Function, which "
+            "reentrant checkpointing is: write the addition in the forward method of the block, "
+            "or give checkpoint use_reentrant=False"
+        )
 
 
 def _checkpoints_around(addition: GatedAddition) -> Iterator[Callable[[], bool]]:

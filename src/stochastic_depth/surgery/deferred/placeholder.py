@@ -55,6 +55,8 @@ class GatedAddition:
     gate: Gate
     copies: bool
     """Whether a closed addition returns a copy of its shortcut."""
+    cast: str
+    """The method that gives its shortcut the dtype of the sum; empty if it has it."""
     owner: nn.Module
     caller: FrameType | None = None
     """The frame that calls the owner's own forward method, while it runs."""
@@ -65,6 +67,9 @@ class GatedAddition:
     once where the model adds in a loop that is longer than on the example."""
     reached: int = 0
     """How often the addition was made."""
+    without_graph: bool = False
+    """Whether a value of its branch was computed without a graph within an `autograd.Function`,
+    which does not see that placeholders need a gradient."""
     recomputed: list[Callable[[], bool]] | None = field(
         default_factory=lambda: [] if torch.is_grad_enabled() else None
     )

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.surgery.deferred.placeholder import (
     Node,
@@ -38,6 +37,7 @@ from stochastic_depth.surgery.model_state import (
 from stochastic_depth.tensors import ATOMS, attributes, tensors_in
 from stochastic_depth.torch_private import (
     FakeTensorMode,
+    FunctionMode,
     no_modes,
     set_call,
     tree_flatten,
@@ -147,7 +147,7 @@ def _infer(node: Node) -> tuple[Any, bool]:
         return _UNKNOWN, asks.values
 
 
-class _Asks(TorchFunctionMode):
+class _Asks(FunctionMode):
     """While entered, notices who asks for the values of a tensor."""
 
     values = False

@@ -19,6 +19,7 @@ from stochastic_depth.surgery.find.groups import (
 )
 from stochastic_depth.surgery.find.residual_additions import outermost
 from stochastic_depth.surgery.frames import CallSite
+from stochastic_depth.surgery.record.branch_source import cast_to_sum
 from stochastic_depth.surgery.record.branches import AdditionEvent, Analysis
 from stochastic_depth.surgery.record.trace import Call, calls_during
 
@@ -141,6 +142,7 @@ def deferred_edits(group: Group, analysis: Analysis) -> list[DeferredEdit]:
             ((event.site, event.occurrence.side),),
             _calls_for(event, group, analysis),
             analysis.recording.is_changed_later(event.total),
+            cast_to_sum(analysis.recording, [event]),
         )
         for number, event in enumerate(group.events)
     ]

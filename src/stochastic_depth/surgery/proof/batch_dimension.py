@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.block import Block, force
-from stochastic_depth.errors import AdditionNotReachedError, ApplyError, UnsupportedBlockError
+from stochastic_depth.errors import (
+    AdditionNotReachedError,
+    ApplyError,
+    StochasticDepthError,
+    UnsupportedBlockError,
+    first_line,
+)
 from stochastic_depth.gates import Gate
 from stochastic_depth.hooks import batch_size
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
@@ -148,6 +154,13 @@ def learn_samples(
         except AdditionNotReachedError as error:
             block = next((block for block in found if block.name == error.block), found[0])
             raise unsupported(block.name, block.module, BRANCH_NOT_SEEN) from error
+        except StochasticDepthError:
+            raise
+        except Exception as error:
+            raise UnsupportedBlockError(
+                f'with gate="subset" {type(model).__name__} fails ({type(error).__name__}: '
+                f'{first_line(error)}): use gate="batch" for this model'
+            ) from error
         for (module, key), shapes in seen[0].items():
             pairs = zip(shapes, seen[1].get((module, key), ()), strict=False)
             verdicts = {_verdict(one, other, sizes) for one, other in pairs}

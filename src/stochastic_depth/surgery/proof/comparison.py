@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd as Dropout
 
-from stochastic_depth.errors import AdditionNotReachedError, UnsupportedBlockError
+from stochastic_depth.errors import AdditionNotReachedError, GateError, UnsupportedBlockError
 from stochastic_depth.gates import CLOSED, OPEN, Gate
 from stochastic_depth.plain_text import count_text
 from stochastic_depth.residual import Residual
@@ -69,8 +69,7 @@ def trials(gated: Gated) -> Iterator[Trial]:
         yield Trial(scaled, TIMES_HALF, f"multiplied by {HALF}", hint, factor=HALF)
     if gated.model.training:
         fully = gated.fully_open()
-        hint = "" if fully.is_plain else OWN_BACKWARD
-        yield Trial(gated.everything, fully, "open", hint, unchanged=True, gradients=True)
+        yield Trial(gated.everything, fully, "open", unchanged=True, gradients=True)
         only = [n for n, block in enumerate(gated.found) if block.training_only]
         sets = [only] if only else []
     if gated.batch is not None:
@@ -84,11 +83,6 @@ GATE_SCALE = "a registered function must use gate.scale, once"
 MORE_IS_MULTIPLIED = (
     "if more than the branch is multiplied, write the addition and what follows it as two "
     "statements of the forward method"
-)
-OWN_BACKWARD = (
-    "where a value of its branch goes through an autograd.Function, which reentrant checkpointing "
-    "is, write the addition in the forward method of the block, or give checkpoint "
-    "use_reentrant=False"
 )
 FEWER_SAMPLES = "a BatchNorm in its branch, for example, then sees fewer samples"
 STALE = (
@@ -161,10 +155,12 @@ class Comparison:
                 found = self._run(trial)
         except AdditionNotReachedError:
             return math.inf, BRANCH_NOT_SEEN
+        except GateError as error:
+            return math.inf, f"the model fails: {error}"
         except Exception as error:
             return math.inf, f"the model fails: {type(error).__name__}: {error}"
-        if shapes := _different_shapes(known.outputs, found.outputs):
-            return math.inf, f"the model returns {shapes}: {COLLECTS}"
+        if form := _different_forms(known.outputs, found.outputs):
+            return math.inf, f"the model returns {form}"
         difference = largest_difference(known.outputs, found.outputs)
         rounding = 1 if trial.unchanged else 100  # sums may be computed in a different order
         wrong = _different(known.gradients, found.gradients, rounding)
@@ -289,6 +285,10 @@ DRAWS = (
     "layers draw different ones)"
 )
 
+PROMOTES = (
+    "its branch has another dtype than its shortcut, as under autocast: call sd.apply under the "
+    "autocast in which you train, or cast the branch to the dtype of its input, f(x).to(x.dtype)"
+)
 COLLECTS = (
     "if it collects a value of each block, such as its router logits or its auxiliary loss, turn "
     "that off"
@@ -329,6 +329,8 @@ def _step(model: nn.Module, run: Callable[..., Any]) -> Results:
             torch.autograd.backward(torch.stack([term.float() for term in terms]).sum())
         held = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         gradients = {name: gradient.to_dense() for name, gradient in held.items()}
+    except GateError:  # which says more than that gradients differ
+        raise
     except Exception:  # the training steps of `check_training` report it
         gradients = None
     for parameter in model.parameters():
@@ -336,13 +338,17 @@ def _step(model: nn.Module, run: Callable[..., Any]) -> Results:
     return Results(outputs, gradients)
 
 
-def _different_shapes(expected: Sequence[Tensor], found: Sequence[Tensor]) -> str:
-    """How the shapes or the numbers of tensors differ; empty if they do not."""
+def _different_forms(expected: Sequence[Tensor], found: Sequence[Tensor]) -> str:
+    """How the numbers, shapes or dtypes of tensors differ, and a remedy; empty if they do not."""
     if len(expected) != len(found):
-        return f"{count_text(len(found), 'tensor')}, and its original {len(expected)}"
+        number = count_text(len(found), "tensor")
+        return f"{number}, and its original {len(expected)}: {COLLECTS}"
     for known, new in zip(expected, found, strict=True):
         if known.shape != new.shape:
-            return f"a tensor of shape {list(new.shape)}, and its original {list(known.shape)}"
+            shapes = f"a tensor of shape {list(new.shape)}, and its original {list(known.shape)}"
+            return f"{shapes}: {COLLECTS}"
+        if known.dtype != new.dtype:
+            return f"a tensor of {new.dtype}, and its original {known.dtype}: {PROMOTES}"
     return ""
 
 

@@ -19,23 +19,25 @@ def other_inputs(model: nn.Module, example: Example, usual: Counter[str] | None)
     """Inputs of `model` other than the example; the example itself if it cannot run on others.
 
     Samples are in another order. If the model has finite outputs for them, numbers have random
-    signs too, and the first sample ends with a zero, as padding does. The model takes the same path
-    on these inputs.
+    signs too, and the first sample ends with a zero, as padding does. If the example is one sample,
+    they are two where the model can run on two, to tell a batch from what is broadcast to it. The
+    model takes the same path on these inputs.
 
     Args:
         usual: how often each module is called on the example; None if that is not known.
     """
-    for change in (_with_signs, _in_another_order):
-        other = _changed(example, change)
+    samples = next((len(tensor) for tensor in tensors_in(example) if tensor.ndim), 0)
+    changes = (_two_samples, *CHANGES) if samples == 1 else CHANGES
+    for change in changes:
+        other = _changed(example, samples, change)
         calls = calls_if_finite(model, caller(model, other))
         if calls is not None and usual in (calls, None):
             return other
     return example
 
 
-def _changed(example: Example, change: Callable[[Tensor], Tensor]) -> Example:
+def _changed(example: Example, samples: int, change: Callable[[Tensor], Tensor]) -> Example:
     """`example` with `change` applied to each tensor that holds the samples first."""
-    samples = next((len(tensor) for tensor in tensors_in(example) if tensor.ndim), 0)
 
     def new(tensor: Tensor) -> Tensor:
         if tensor.ndim == 0 or len(tensor) != samples or tensor.layout != torch.strided:
@@ -43,6 +45,11 @@ def _changed(example: Example, change: Callable[[Tensor], Tensor]) -> Example:
         return change(tensor.detach()).requires_grad_(tensor.requires_grad)
 
     return replace_tensors(example, new)
+
+
+def _two_samples(tensor: Tensor) -> Tensor:
+    """Two different samples, made of one: [1, ...] -> [2, ...]."""
+    return _with_signs(torch.cat([tensor, _in_another_order(tensor)]))
 
 
 def _in_another_order(tensor: Tensor) -> Tensor:
@@ -59,3 +66,6 @@ def _with_signs(tensor: Tensor) -> Tensor:
     if padded and tensor.numel():
         changed[0, -1] = 0
     return changed
+
+
+CHANGES = _with_signs, _in_another_order

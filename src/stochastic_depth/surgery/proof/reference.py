@@ -1,24 +1,26 @@
 """The reference for closed blocks; it executes all branches.
 
-It is the original model, in which some additions return their shortcut.
+It is the original model, in which some additions return their shortcut, in the dtype of the sum.
 """
 
+import functools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.residual import Residual
 from stochastic_depth.surgery.addition_functions import ADD_IN_PLACE, ADDITIONS, by_position
-from stochastic_depth.surgery.blocks import FoundBlock
+from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.edits import AdditionEdit
 from stochastic_depth.surgery.frames import CallSite, call_site_of, locations_in
+from stochastic_depth.surgery.record.rejected import SHORTCUT_BROADCAST
+from stochastic_depth.torch_private import FunctionMode
 
 
 @contextmanager
@@ -32,17 +34,17 @@ def bypassed(
         factor: what the branches are multiplied by, if they are added for all samples. It must be
             0 for `Residual` units, whose activation is part of the block.
     """
-    additions: list[tuple[nn.Module, AdditionEdit]] = []
-    occurrences: dict[tuple[CallSite, int], int] = {}
+    additions: list[tuple[nn.Module, AdditionEdit, FoundBlock]] = []
+    occurrences: dict[tuple[CallSite, int], tuple[int, FoundBlock]] = {}
     with ExitStack() as entered:
         for block in blocks:
             if block.training_only and not block.module.training:
                 continue  # it does not run here, and other blocks may add in the same expression
-            additions += [addition for unit in block.units for addition in unit.additions]
+            additions += [(*addition, block) for unit in block.units for addition in unit.additions]
             for unit in block.units:
                 here = [e for e in unit.occurrences if e.training == block.module.training]
                 events = here or unit.occurrences  # no pass in training mode was recorded
-                occurrences |= {(e.site, e.index): e.side for e in events}
+                occurrences |= {(e.site, e.index): (e.side, block) for e in events}
             whole = [u.edits[0][0] for u in block.units if not u.additions and not u.occurrences]
             for module in whole:
                 entered.enter_context(_returns(module, lambda module, x: x, keep, factor))
@@ -52,20 +54,20 @@ def bypassed(
         yield
 
 
-class _Bypass(TorchFunctionMode):
+class _Bypass(FunctionMode):
     """Makes some additions return their shortcut; it recognises them by their source location."""
 
     def __init__(
         self,
-        additions: list[tuple[nn.Module, AdditionEdit]],
-        occurrences: dict[tuple[CallSite, int], int],
+        additions: list[tuple[nn.Module, AdditionEdit, FoundBlock]],
+        occurrences: dict[tuple[CallSite, int], tuple[int, FoundBlock]],
         keep: Tensor | None,
         factor: float,
     ) -> None:
         super().__init__()
-        self.additions: dict[nn.Module, list[AdditionEdit]] = {}
-        for module, edit in additions:
-            self.additions.setdefault(module, []).append(edit)
+        self.additions: dict[nn.Module, list[tuple[AdditionEdit, FoundBlock]]] = {}
+        for module, edit, block in additions:
+            self.additions.setdefault(module, []).append((edit, block))
         self.occurrences, self.keep, self.factor = occurrences, keep, factor
         self.reached: Counter[CallSite] = Counter()
         """How often each expression was evaluated."""
@@ -79,27 +81,43 @@ class _Bypass(TorchFunctionMode):
             args, kwargs = by_position(args, kwargs)
         if is_addition and len(args) >= 2:
             site = call_site_of(sys._getframe(1))
-            side = self.occurrences.get((site, self.reached[site]))
+            found = self.occurrences.get((site, self.reached[site]))
             self.reached[site] += 1
-            if side is not None:
-                return self._closed(func, args, kwargs, side)
+            if found is not None:
+                return self._closed(func, args, kwargs, *found)
             for module, location in locations_in(self.additions, sys._getframe(1)):
-                for edit in self.additions[module]:
+                for edit, block in self.additions[module]:
                     if edit.location == location:
-                        return self._closed(func, args, kwargs, edit.side)
+                        return self._closed(func, args, kwargs, edit.side, block)
         return func(*args, **kwargs)
 
-    def _closed(self, func: Callable[..., Any], args: tuple, kwargs: dict, side: int) -> Tensor:
-        result = args[side].clone()
+    def _closed(
+        self, func: Callable[..., Any], args: tuple, kwargs: dict, side: int, block: FoundBlock
+    ) -> Tensor:
+        in_place = getattr(func, "__name__", "") in ADD_IN_PLACE
+        shape, dtype = _form_of_sum(args, in_place)
+        if self.keep is None and args[side].shape != shape:
+            raise unsupported(block.name, block.module, SHORTCUT_BROADCAST)
+        result = args[side].to(dtype, copy=True)
         if self.keep is not None:
             result = _mixed(func(args[0].clone(), *args[1:], **kwargs), result, self.keep)
         elif self.factor:
             scaled = list(args)
             scaled[side], scaled[1 - side] = result, args[1 - side] * self.factor
             result = func(*scaled, **kwargs)
-        if getattr(func, "__name__", "") in ADD_IN_PLACE:
+        if in_place:
             return args[0].copy_(result)
         return result
+
+
+def _form_of_sum(operands: Sequence[Any], in_place: bool) -> tuple[torch.Size, torch.dtype]:
+    """The shape and the dtype of the sum of `operands`."""
+    tensors = [each for each in operands if isinstance(each, Tensor)]
+    shapes = {tensor.shape for tensor in tensors}
+    shape = tensors[0].shape if in_place or len(shapes) == 1 else torch.broadcast_shapes(*shapes)
+    if in_place:
+        return shape, tensors[0].dtype
+    return shape, functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
 
 
 @contextmanager

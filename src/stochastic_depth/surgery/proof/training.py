@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.errors import (
     AdditionNotReachedError,
@@ -24,6 +23,7 @@ from stochastic_depth.surgery.model_state import preserve_state
 from stochastic_depth.surgery.proof.call_counts import CallCounts, counted_calls, refuse_running
 from stochastic_depth.surgery.proof.comparison import Comparison, smallest, trials
 from stochastic_depth.surgery.proof.gated import Gated
+from stochastic_depth.torch_private import FunctionMode
 
 TRAINING_PASSES = 4
 """How many passes in training mode, with every gate open, must each reach every block."""
@@ -127,7 +127,7 @@ def _compare(gated: Gated) -> None:
             comparison.check(trial)
 
 
-class _SteadyDropout(TorchFunctionMode):
+class _SteadyDropout(FunctionMode):
     """While entered, dropout draws no random numbers.
 
     It keeps every value; in place, it halves every value. So a branch that changes its shortcut in

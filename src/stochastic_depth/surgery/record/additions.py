@@ -20,8 +20,8 @@ from stochastic_depth.surgery.frames import CallSite, call_site_of
 from stochastic_depth.surgery.record.branch_source import (
     Addition,
     Edits,
+    as_sums,
     locate,
-    with_copies,
     with_not_shown,
 )
 from stochastic_depth.surgery.record.branches import Analysis, Execution, Occurrence
@@ -122,7 +122,7 @@ class _Search:
         return replace(
             first,
             edits=with_not_shown(
-                with_copies(self.recording, first.edits, executions), self.occurrences
+                as_sums(self.recording, first.edits, executions), self.occurrences
             ),
             begins_elsewhere=any(each.begins_elsewhere for each in additions),
             modules=tuple(name for each in additions for name in each.modules),

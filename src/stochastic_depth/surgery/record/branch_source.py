@@ -5,10 +5,11 @@ expressions to edit, and which variables need not be computed while the branch i
 """
 
 import itertools
-from collections.abc import Container, Sequence, Set
+from collections.abc import Container, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from types import FrameType
 
+import torch
 from torch import Tensor
 
 from stochastic_depth.surgery.edits import (
@@ -167,14 +168,41 @@ def _passed_arguments(
     )
 
 
-def with_copies(recording: Recording, edits: Edits, executions: Sequence[Execution]) -> Edits:
-    """`edits`, returning a copy of the shortcut if the pass has overwritten one of the sums."""
-    if not any(recording.is_changed_later(each.total) for each in executions):
-        return edits
+def as_sums(recording: Recording, edits: Edits, executions: Sequence[Execution]) -> Edits:
+    """`edits`, in which a closed addition returns its shortcut in the form of the sum.
+
+    That is a copy if the pass has overwritten one of the sums, and a tensor of their dtype.
+    """
+    copies = any(recording.is_changed_later(each.total) for each in executions)
+    cast = cast_to_sum(recording, executions)
     return tuple(
-        (name, replace(edit, copies=True) if isinstance(edit, AdditionEdit) else edit)
+        (name, replace(edit, copies=copies, cast=cast) if isinstance(edit, AdditionEdit) else edit)
         for name, edit in edits
     )
+
+
+CASTS = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.complex64: "cfloat",
+    torch.complex128: "cdouble",
+}
+"""The dtypes to which a sum may promote its shortcut, each with the method that casts to it."""
+
+
+def cast_to_sum(recording: Recording, executions: Iterable[Execution]) -> str:
+    """The method that gives the shortcuts of these additions the dtype of their sums.
+
+    It is empty if they have it, and also if the sums have several dtypes: then the proof compares
+    the dtypes of the outputs.
+    """
+    pairs = [
+        (recording.values[e.shortcut].tensor, recording.values[e.total].tensor) for e in executions
+    ]
+    dtypes = {total.dtype for _, total in pairs}
+    if len(dtypes) > 1 or all(shortcut.dtype == total.dtype for shortcut, total in pairs):
+        return ""
+    return CASTS.get(dtypes.pop(), "")
 
 
 def with_not_shown(edits: Edits, reached: Container[CallSite]) -> Edits:

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.residual import works_in_place
 from stochastic_depth.surgery.addition_functions import ADDITIONS, by_position, scales_second
 from stochastic_depth.surgery.flops import CountFlops
 from stochastic_depth.tensors import tensors_in
-from stochastic_depth.torch_private import changes_of
+from stochastic_depth.torch_private import FunctionMode, changes_of
 
 PRODUCT = "product of addcmul"
 """The name recorded for the function that made the product in `addcmul`."""
@@ -298,7 +297,7 @@ def _is_zero(value: object) -> bool:
     return type(value) is int and value == 0
 
 
-class _Functions(TorchFunctionMode):
+class _Functions(FunctionMode):
     """Records every function of PyTorch that is called."""
 
     def __init__(

@@ -65,13 +65,13 @@ def edit_statement(
     else:
         branch, shortcut = ast.Name(name, ast.Load()), copy.deepcopy(statement.value)
         before = [assign(name, of_gate(gate, "scale", branch))]
-    return [*before, statement], assign(name, _maybe_copy(shortcut, edit.copies)), [branch]
+    return [*before, statement], assign(name, _as_sum(shortcut, edit)), [branch]
 
 
 def put_gate(node: ast.expr, edit: AdditionEdit, gate: str) -> tuple[ast.IfExp, ast.expr]:
     """`a + b` -> `a + gate.scale(b) if gate.open else a`, and the branch `b`."""
     shortcut, branch = operands(node, edit)
-    closed = _maybe_copy(copy.deepcopy(shortcut), edit.copies)
+    closed = _as_sum(copy.deepcopy(shortcut), edit)
     if branch is node:
         opened: ast.expr = of_gate(gate, "rescale", branch, copy.deepcopy(shortcut))
     else:
@@ -117,8 +117,11 @@ def _exchange_arguments(
     return before
 
 
-def _maybe_copy(shortcut: ast.expr, copied: bool) -> ast.expr:
-    return ast.Call(ast.Attribute(shortcut, "clone", ast.Load()), [], []) if copied else shortcut
+def _as_sum(shortcut: ast.expr, edit: AdditionEdit) -> ast.expr:
+    """The expression of a closed addition: the shortcut, with the dtype of the sum."""
+    for method in filter(None, (edit.cast, "clone" if edit.copies else "")):
+        shortcut = ast.Call(ast.Attribute(shortcut, method, ast.Load()), [], [])
+    return shortcut
 
 
 SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr)
