@@ -113,10 +113,10 @@ class _Bypass(FunctionMode):
 def _form_of_sum(operands: Sequence[Any], in_place: bool) -> tuple[torch.Size, torch.dtype]:
     """The shape and the dtype of the sum of `operands`."""
     tensors = [each for each in operands if isinstance(each, Tensor)]
-    shapes = {tensor.shape for tensor in tensors}
-    shape = tensors[0].shape if in_place or len(shapes) == 1 else torch.broadcast_shapes(*shapes)
     if in_place:
-        return shape, tensors[0].dtype
+        return tensors[0].shape, tensors[0].dtype
+    shapes = {tensor.shape for tensor in tensors}  # broadcasting fails for nested tensors
+    shape = shapes.pop() if len(shapes) == 1 else torch.broadcast_shapes(*shapes)
     return shape, functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
 
 
