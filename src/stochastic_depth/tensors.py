@@ -5,7 +5,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,29 @@ def replace_tensors(value: Any, new: Callable[[Tensor], Tensor]) -> Any:
     """`value`, with `new(tensor)` in place of each tensor, also in objects; what holds them is
     copied."""
     return map_structure(lambda tensor, _: new(tensor), value, objects=_DEPTH)
+
+
+class Promotion(NamedTuple):
+    """A dtype to which a branch promotes its shortcut, and whether that was under autocast."""
+
+    dtype: str
+    """Its name, such as "float32"."""
+    autocast: bool
+
+
+def promoted(tensor: Tensor, dtype: str, autocast: bool) -> Tensor:
+    """`tensor` in the dtype that its sum with a value of `dtype` has.
+
+    It is returned as it is where autocast is on, and was not when the promotion was seen, or the
+    other way round: then it is not known.
+
+    Args:
+        dtype: as `Promotion.dtype`.
+        autocast: as `Promotion.autocast`.
+    """
+    if torch.is_autocast_enabled(tensor.device.type) != autocast:
+        return tensor
+    return tensor.to(torch.promote_types(tensor.dtype, getattr(torch, dtype)))
 
 
 def largest_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:

@@ -21,7 +21,6 @@ from torch.autograd import Variable
 from torch.distributed._composable.replicate import DDP as Replicated  # noqa: N811  # torch.distributed
 from torch.fx import _symbolic_trace
 from torch.nn.parallel import DistributedDataParallel
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import (  # torch.utils, as its documentation already has it
     TorchDispatchMode,
 )
@@ -36,20 +35,19 @@ from torch.utils._pytree import (  # torch.utils.pytree, which is not released y
 
 __all__ = [
     "FakeTensorMode",
-    "FunctionMode",
     "Replicated",
     "TorchDispatchMode",
     "at_end_of_backward",
     "backward_pass",
     "call_of",
     "changes_of",
-    "compilations_forgotten",
     "frame_of_module_call",
     "function_around",
     "generators",
     "gradient_hooks",
     "gradients_are_kept",
     "in_ddp_forward",
+    "is_called_by_compiled",
     "is_compiled",
     "is_compiler_error",
     "is_data_parallel_copy",
@@ -71,6 +69,7 @@ __all__ = [
     "tree_map",
     "tree_map_only",
     "tree_unflatten",
+    "uncompiled",
     "unlogged_fake_tensors",
     "uses_replicate",
     "whole_call",
@@ -366,41 +365,41 @@ def is_compiled(module: nn.Module) -> bool:
     return call is not None and not getattr(call, "is_observer", False)
 
 
-class FunctionMode(TorchFunctionMode):
-    """A `TorchFunctionMode` under which functions that the user compiles run uncompiled.
-
-    The compiler would trace the mode itself, and fail. Replacement: a mode that it leaves alone.
-    """
-
-    def __enter__(self) -> "FunctionMode":
-        self._uncompiled = ExitStack()
-        if "torch._dynamo" in sys.modules:
-            self._uncompiled.enter_context(torch.compiler.set_stance("force_eager"))
-        return super().__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        self._uncompiled.close()
-
-
 @contextmanager
-def compilations_forgotten() -> Iterator[None]:
-    """While entered, whatever torch.compile compiles does not count towards its limits later.
+def uncompiled() -> Iterator[None]:
+    """While entered, functions that the user compiles run uncompiled.
 
-    The passes of a proof differ in gates and modes, and would use up the number of graphs that the
-    compiler keeps for a function. Replacement: a public count of compilations.
+    The compiler bypasses hooks on modules, and would trace modes that see each function.
     """
-
-    def compiled() -> int:
-        dynamo = sys.modules.get("torch._dynamo.utils")
-        return 0 if dynamo is None else sum(dynamo.counters["frames"].values())
-
-    before = compiled()
-    try:
+    with ExitStack() as entered:
+        if "torch._dynamo" in sys.modules:
+            entered.enter_context(torch.compiler.set_stance("force_eager"))
         yield
-    finally:
-        if compiled() != before:
-            torch.compiler.reset()
+
+
+def is_called_by_compiled(frame: FrameType | None, calls: int = 0) -> bool:
+    """Whether a function that torch.compile compiles runs between `frame` and a module call around.
+
+    Replacement: a public way to ask whether what runs would be compiled.
+
+    Args:
+        calls: how many module calls around `frame` to pass before.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return False
+    while frame is not None:
+        code = frame.f_code
+        if code is _CALL_OF_MODULE:
+            if not calls:
+                return False
+            calls -= 1
+        elif not calls and code.co_qualname.startswith("_TorchDynamoContext.__call__."):
+            return True
+        frame = frame.f_back
+    return False
+
+
+_CALL_OF_MODULE = nn.Module._call_impl.__code__
 
 
 def is_compiler_error(error: BaseException) -> bool:

@@ -142,38 +142,6 @@ def compiled(model, example=None, backend=None, **options):
     return graphs, handle
 
 
-def test_the_proof_does_not_use_up_the_limit_of_functions_that_the_user_compiles():
-    def compiled_calls(model):
-        ran.clear()
-        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=False):
-            model(torch.randn(64, 4)).sum().backward()
-        return len(ran)
-
-    def backend(graph, inputs):
-        def run(*given):
-            ran.append(graph)
-            return graph.forward(*given)
-
-        return run
-
-    ran = []
-    gated = torch.compile(lambda v: torch.tanh(v) * v, backend=backend)
-
-    class Fused(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.f, self.g = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x):
-            return x + self.g(gated(self.f(x)))
-
-    model = nn.Sequential(Fused(), Fused(), Fused())
-    assert compiled_calls(model) == 3
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=False):
-        sd.apply(model, sd.Uniform(1.0), example=torch.randn(2, 4))
-    assert compiled_calls(model) == 3
-
-
 def train(model, handle, x, steps):
     """Training steps; the number of those after which each block was open and closed."""
     seen = torch.zeros(2, len(handle.blocks), dtype=torch.bool)
@@ -544,3 +512,49 @@ def test_compiled_as_a_whole_a_model_draws_its_gates_outside_of_its_graphs():
             assert mine.grad is None or torch.equal(mine.grad, other.grad)
     assert len(seen) == 4
     assert torch.equal(run.eval()(x), plain.eval()(x))
+
+
+class CompiledMethod(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f, self.g = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    @torch.compile(backend="eager")
+    def branch(self, x):
+        return self.g(torch.tanh(self.f(x)))
+
+    def forward(self, x):
+        return x + self.branch(x)
+
+
+class AddsCompiledMethods(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(CompiledMethod() for _ in range(10))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block.branch(x)
+        return x
+
+
+@pytest.mark.parametrize("gate", ["batch", "subset"])
+def test_a_branch_may_call_a_method_that_the_user_compiles(gate):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(CompiledMethod() for _ in range(3)))
+    torch._dynamo.utils.counters.clear()
+    handle = sd.apply(model, sd.Uniform(0.5), example=torch.randn(2, 4), gate=gate)
+    assert not torch._dynamo.utils.counters["frames"]  # a function has a limited number of graphs
+    x = torch.randn(6, 4)
+    for mode in (True, False):
+        with handle.forced([False, True, False]):
+            torch.testing.assert_close(model.train(mode)(x), x + model[1].branch(x))
+    assert torch._dynamo.utils.counters["frames"]["ok"]
+
+
+def test_modules_that_a_compiled_method_calls_cannot_be_deferred():
+    """The compiler inlines them, so that no gate would reach them, whatever number it compiles."""
+    with pytest.raises(
+        sd.errors.UnsupportedBlockError, match=r"'blocks\.0'.*torch\.compile.*compile_blocks"
+    ):
+        sd.apply(AddsCompiledMethods(), example=torch.randn(2, 4))

@@ -604,6 +604,23 @@ def test_a_gradient_that_is_lost_on_the_way_is_noticed(model, options):
         sd.apply(model(), example=X, **options)
 
 
+class CheckpointsBranches(Trunk):
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + checkpoint(block.f, x, use_reentrant=False)
+        return x
+
+
+def test_a_subset_is_trained_in_the_proof():
+    with pytest.raises(
+        UnsupportedBlockError, match=r"half of the samples .*checkpoint\(layer, x\)"
+    ):
+        sd.apply(CheckpointsBranches(), example=X, gate="subset")
+    for gate in ("batch", "sample"):
+        sd.apply(CheckpointsBranches(), example=X, gate=gate)
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
 @pytest.mark.parametrize("model", [InFunction, InCheckpoint])
 @pytest.mark.parametrize("how", ["evaluation", "full depth", "forced and scaled"])
@@ -784,10 +801,19 @@ def test_a_shortcut_that_is_broadcast_to_the_batch_is_noticed_on_one_sample(loop
 
 
 class Promotes(Plain):
-    """Ends its branch in float32, as a normalisation by weights of float32 does."""
+    """Ends its branch in float32, as a normalisation by weights of float32 does.
+
+    Args:
+        learned: whether by a factor that has the dtype of the model, as LayerScale has.
+    """
+
+    def __init__(self, learned: bool = False) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(8)) if learned else None
 
     def forward(self, x):
-        return x + self.f(x.to(self.f.weight.dtype)).float()
+        f = self.f(x.to(self.f.weight.dtype))
+        return x + (f.float() if self.factor is None else f * self.factor)
 
 
 class PromotesInLoop(Trunk):
@@ -815,6 +841,19 @@ def test_a_closed_block_has_the_dtype_of_the_sum(model, autocast):
         for block in net.blocks[1:]:
             h = h + block.f(h.to(net.stem.weight.dtype)).float()
         torch.testing.assert_close(out, h, rtol=0, atol=0)
+
+
+def test_a_closed_block_casts_nothing_where_the_sum_does_not_either():
+    net = Trunk(partial(Promotes, learned=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        handle = sd.apply(net, example=X)
+        with handle.forced([False] * 3):
+            assert net(X).dtype == torch.float32
+    for dtype in (torch.float64, torch.bfloat16, torch.float32):
+        net.to(dtype)
+        for gates in itertools.product([False, True], repeat=3):
+            with handle.forced(gates):
+                assert net(X.to(dtype)).dtype == dtype
 
 
 def test_a_dtype_that_the_example_did_not_show_is_noticed_by_verify():

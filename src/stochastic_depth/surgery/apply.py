@@ -31,10 +31,10 @@ from stochastic_depth.survival import (
     Survival,
     probabilities_of,
 )
-from stochastic_depth.torch_private import compilations_forgotten
+from stochastic_depth.torch_private import uncompiled
 
 
-@compilations_forgotten()
+@uncompiled()
 def apply(
     model: nn.Module,
     survival: Survival | Literal["own"] | None = None,

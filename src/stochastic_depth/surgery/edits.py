@@ -6,6 +6,7 @@ from typing import Any
 
 from stochastic_depth.surgery.addition_functions import Side
 from stochastic_depth.surgery.frames import CallSite, SourceLocation
+from stochastic_depth.tensors import Promotion
 
 NOT_REACHED = (
     "the residual addition of this block did not run in this pass: the model took a different path "
@@ -43,9 +44,8 @@ class AdditionEdit:
     """The calls by which other methods of the module reach this one, innermost first."""
     copies: bool = False
     """Whether to return a copy of the shortcut, because later code may change the sum in place."""
-    cast: str = ""
-    """The method of tensors that gives the shortcut the dtype of the sum, such as "float"; empty
-    if both have the same dtype."""
+    promotion: Promotion | None = None
+    """How the shortcut gets the dtype of the sum; None if it has it."""
     not_shown: tuple[SourceLocation, ...] = ()
     """Additions alike in the same method that the example does not reach."""
 
@@ -106,8 +106,8 @@ class DeferredEdit:
     calls: tuple[BranchCalls, ...]
     copies: bool
     """As `AdditionEdit.copies`."""
-    cast: str = ""
-    """As `AdditionEdit.cast`."""
+    promotion: Promotion | None = None
+    """As `AdditionEdit.promotion`."""
 
     def __str__(self) -> str:
         return f"the addition in {self.sites[0][0][1]}"

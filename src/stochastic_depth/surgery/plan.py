@@ -20,7 +20,7 @@ from stochastic_depth.surgery.record.rejected import listed
 from stochastic_depth.surgery.refuse import refuse
 from stochastic_depth.surgery.select_modules import ModuleSelector, select_modules
 from stochastic_depth.survival import Survival
-from stochastic_depth.torch_private import compilations_forgotten
+from stochastic_depth.torch_private import uncompiled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class Plan:
         )
 
 
-@compilations_forgotten()
+@uncompiled()
 def plan(
     model: nn.Module,
     example: Example,

@@ -23,7 +23,7 @@ from stochastic_depth.surgery.gated_class import fingerprint
 from stochastic_depth.surgery.model_state import preserve_state
 from stochastic_depth.survival import StepDependent
 from stochastic_depth.tensors import tensors_in
-from stochastic_depth.torch_private import compilations_forgotten
+from stochastic_depth.torch_private import uncompiled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ class Summary:
         )
 
 
-@compilations_forgotten()
+@uncompiled()
 def summary(model: nn.Module, example: Example) -> Summary:
     """Cost and expected saving of every block of a model that has stochastic depth.
 

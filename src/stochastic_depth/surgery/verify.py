@@ -20,7 +20,7 @@ from stochastic_depth.surgery.proof.prove import prove
 from stochastic_depth.surgery.proof.training import train_once
 from stochastic_depth.surgery.refuse import refuse_nested, refuse_sharded
 from stochastic_depth.timing import take_turns
-from stochastic_depth.torch_private import compilations_forgotten
+from stochastic_depth.torch_private import uncompiled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Verification:
         )
 
 
-@compilations_forgotten()
+@uncompiled()
 def verify(model: nn.Module, example: Example, *, repeats: int = 5) -> Verification:
     """Prove, on this model and example, that closed blocks are skipped and nothing else changes.
 

@@ -203,7 +203,7 @@ class _Session:
             plan = _DEFERRED_CALLS[owner] = _DeferredCalls(owner, edits)
         self.plan, self.edits = plan, edits
         self.additions = {
-            n: GatedAddition(edit.block, dict(edit.sites), gate, edit.copies, edit.cast, owner)
+            n: GatedAddition(edit.block, dict(edit.sites), gate, edit.copies, edit.promotion, owner)
             for n, (edit, gate) in enumerate(zip(edits, gates, strict=True))
             if not gate.is_plain
         }

@@ -25,7 +25,7 @@ from stochastic_depth.surgery.deferred.placeholder import (
 from stochastic_depth.surgery.frames import CallSite
 from stochastic_depth.surgery.record.rejected import SCALED
 from stochastic_depth.surgery.rewrite.select_samples import select_drawn
-from stochastic_depth.tensors import map_structure
+from stochastic_depth.tensors import map_structure, promoted
 from stochastic_depth.torch_private import function_around, recomputation
 
 
@@ -98,8 +98,8 @@ def add(
     elif changes and target is shortcut:
         result = shortcut
     else:
-        cast = getattr(shortcut, addition.cast)() if addition.cast else shortcut
-        result = cast.clone() if addition.copies or changes else cast
+        result = promoted(shortcut, *addition.promotion) if addition.promotion else shortcut
+        result = result.clone() if addition.copies or changes else result
     if changes and isinstance(target, Placeholder) and result is not target:
         # From now on it stands for this sum.
         target._node = Node.finished(target._node.tape, (), with_values(result))

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from stochastic_depth.errors import GateError
 from stochastic_depth.gates import Gate
 from stochastic_depth.surgery.frames import CallSite
-from stochastic_depth.tensors import ATOMS, map_structure, tensors_in
+from stochastic_depth.tensors import ATOMS, Promotion, map_structure, tensors_in
 from stochastic_depth.torch_private import changes_of
 
 _SHAPELESS = {nn.Sequential, nn.ModuleList, nn.Identity, nn.Dropout, nn.Linear, nn.LayerNorm}
@@ -55,8 +55,8 @@ class GatedAddition:
     gate: Gate
     copies: bool
     """Whether a closed addition returns a copy of its shortcut."""
-    cast: str
-    """The method that gives its shortcut the dtype of the sum; empty if it has it."""
+    promotion: Promotion | None
+    """How its shortcut gets the dtype of the sum; None if it has it."""
     owner: nn.Module
     caller: FrameType | None = None
     """The frame that calls the owner's own forward method, while it runs."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.surgery.deferred.placeholder import (
     Node,
@@ -37,7 +38,6 @@ from stochastic_depth.surgery.model_state import (
 from stochastic_depth.tensors import ATOMS, attributes, tensors_in
 from stochastic_depth.torch_private import (
     FakeTensorMode,
-    FunctionMode,
     no_modes,
     set_call,
     tree_flatten,
@@ -147,7 +147,7 @@ def _infer(node: Node) -> tuple[Any, bool]:
         return _UNKNOWN, asks.values
 
 
-class _Asks(FunctionMode):
+class _Asks(TorchFunctionMode):
     """While entered, notices who asks for the values of a tensor."""
 
     values = False

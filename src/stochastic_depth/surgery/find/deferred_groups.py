@@ -19,7 +19,7 @@ from stochastic_depth.surgery.find.groups import (
 )
 from stochastic_depth.surgery.find.residual_additions import outermost
 from stochastic_depth.surgery.frames import CallSite
-from stochastic_depth.surgery.record.branch_source import cast_to_sum
+from stochastic_depth.surgery.record.branch_source import promotion
 from stochastic_depth.surgery.record.branches import AdditionEvent, Analysis
 from stochastic_depth.surgery.record.trace import Call, calls_during
 
@@ -135,6 +135,8 @@ def deferred_edits(group: Group, analysis: Analysis) -> list[DeferredEdit]:
         raise UnsupportedBlockError(
             mostly_shared(group.exclusive_share) if shared else _too_few_modules(group.saved_share)
         )
+    if _is_compiled(group):
+        raise UnsupportedBlockError(COMPILED)
     return [
         DeferredEdit(
             group.name,
@@ -142,10 +144,25 @@ def deferred_edits(group: Group, analysis: Analysis) -> list[DeferredEdit]:
             ((event.site, event.occurrence.side),),
             _calls_for(event, group, analysis),
             analysis.recording.is_changed_later(event.total),
-            cast_to_sum(analysis.recording, [event]),
+            promotion(analysis.recording, [event]),
         )
         for number, event in enumerate(group.events)
     ]
+
+
+COMPILED = (
+    "a function that torch.compile compiles makes its addition, or calls a module of its branch, "
+    "and a gate does not reach into compiled code: leave that function uncompiled, and call "
+    "sd.compile_blocks(model) after sd.apply"
+)
+
+
+def _is_compiled(group: Group) -> bool:
+    """Whether compiled code makes an addition, or calls a module that would be deferred."""
+    made = [call for event in group.events for call in event.stack]
+    calls = [each for call in group.calls for each in (call, *call.ancestors())]
+    inside = [call for call in [*made, *calls] if call.is_within(group.owner)]
+    return any(each.compiled for each in [*group.events, *inside])
 
 
 def _calls_for(event: AdditionEvent, group: Group, analysis: Analysis) -> tuple[BranchCalls, ...]:

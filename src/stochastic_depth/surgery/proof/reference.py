@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.residual import Residual
@@ -20,7 +21,6 @@ from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.edits import AdditionEdit
 from stochastic_depth.surgery.frames import CallSite, call_site_of, locations_in
 from stochastic_depth.surgery.record.rejected import SHORTCUT_BROADCAST
-from stochastic_depth.torch_private import FunctionMode
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def bypassed(
         yield
 
 
-class _Bypass(FunctionMode):
+class _Bypass(TorchFunctionMode):
     """Makes some additions return their shortcut; it recognises them by their source location."""
 
     def __init__(

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointError
 
 from stochastic_depth.errors import (
     AdditionNotReachedError,
@@ -14,7 +16,7 @@ from stochastic_depth.errors import (
     StochasticDepthError,
     UnsupportedBlockError,
 )
-from stochastic_depth.gates import CLOSED, OPEN
+from stochastic_depth.gates import CLOSED, OPEN, Gate
 from stochastic_depth.hooks import refuse_cache
 from stochastic_depth.surgery.blocks import FoundBlock, unsupported
 from stochastic_depth.surgery.droppath import ELSEWHERE
@@ -23,7 +25,6 @@ from stochastic_depth.surgery.model_state import preserve_state
 from stochastic_depth.surgery.proof.call_counts import CallCounts, counted_calls, refuse_running
 from stochastic_depth.surgery.proof.comparison import Comparison, smallest, trials
 from stochastic_depth.surgery.proof.gated import Gated
-from stochastic_depth.torch_private import FunctionMode
 
 TRAINING_PASSES = 4
 """How many passes in training mode, with every gate open, must each reach every block."""
@@ -52,12 +53,13 @@ def check_training(gated: Gated) -> dict[str, Any]:
             _closed_runs_nothing(gated, usual)
             resets = _attributes_set(gated, before, opened, _attributes(gated.model))
             _compare(gated)
-            for first in (1, 0):  # every other block, so that each is closed in one step
-                closed = gated.everything[first::2]
-                if why := _why_not_trained(gated, closed):
-                    if original := _why_original_fails(gated):
-                        return _not_proved(original)
-                    raise _fails_closed(gated, closed, why)
+            for state, gate in _training_gates(gated).items():
+                for first in (1, 0):  # every other block, so that each has the gate in one step
+                    numbers = gated.everything[first::2]
+                    if why := _why_not_trained(gated, gate, numbers):
+                        if original := _why_original_fails(gated):
+                            return _not_proved(original)
+                        raise _fails(gated, state, gate, numbers, why)
         except AdditionNotReachedError as error:
             raise _unreached(error, gated.found) from error
         except StochasticDepthError:
@@ -65,9 +67,18 @@ def check_training(gated: Gated) -> dict[str, Any]:
         except Exception as error:
             if original := _why_original_fails(gated):
                 return _not_proved(original)
-            why = _why_not_trained(gated, gated.everything) or f"{type(error).__name__}: {error}"
-            raise _fails_closed(gated, gated.everything, why) from error
+            why = _why_not_trained(gated, CLOSED, gated.everything)
+            why = why or f"{type(error).__name__}: {error}"
+            raise _fails(gated, "closed", CLOSED, gated.everything, why) from error
     return resets
+
+
+def _training_gates(gated: Gated) -> dict[str, Gate]:
+    """The gates that blocks have in training steps, by the state of the block."""
+    gates = {"closed": CLOSED}
+    if gated.batch is not None:
+        gates["open for half of the samples"] = gated.half(gated.batch)[0]
+    return gates
 
 
 def _attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -127,7 +138,7 @@ def _compare(gated: Gated) -> None:
             comparison.check(trial)
 
 
-class _SteadyDropout(FunctionMode):
+class _SteadyDropout(TorchFunctionMode):
     """While entered, dropout draws no random numbers.
 
     It keeps every value; in place, it halves every value. So a branch that changes its shortcut in
@@ -151,16 +162,19 @@ class _SteadyDropout(FunctionMode):
         return func(*args, **kwargs)
 
 
-def _fails_closed(gated: Gated, closed: list[int], why: str) -> UnsupportedBlockError:
-    """The error for a training step that fails while the blocks `closed` are closed.
+def _fails(
+    gated: Gated, state: str, gate: Gate, numbers: list[int], why: str
+) -> UnsupportedBlockError:
+    """The error for a training step that fails while the blocks `numbers` have `gate`.
 
     Args:
+        state: the state of the blocks under the gate.
         why: why it fails.
     """
-    culprits, why = smallest(closed, why, functools.partial(_why_not_trained, gated))
+    culprits, why = smallest(numbers, why, functools.partial(_why_not_trained, gated, gate))
     first = gated.found[culprits[0] if culprits else 0]
     names = [gated.found[n].name for n in culprits[1:]]
-    reason = f"with it closed a training step fails: {why}"
+    reason = f"with it {state} a training step fails: {why}"
     return unsupported(first.name, first.module, reason, names)
 
 
@@ -195,16 +209,24 @@ def _why_original_fails(gated: Gated) -> str:
     return ""
 
 
-def _why_not_trained(gated: Gated, closed: list[int]) -> str:
-    """Why a training step with the blocks `closed` fails; empty if it does not."""
+def _why_not_trained(gated: Gated, gate: Gate, numbers: list[int]) -> str:
+    """Why a training step with `gate` at the blocks `numbers` fails; empty if it does not."""
     try:
-        with gated.with_gate(CLOSED, closed):
+        with gated.with_gate(gate, numbers):
             train_once(gated.run)
     except StochasticDepthError:
         raise
+    except CheckpointError:
+        return CHECKPOINTED
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+CHECKPOINTED = (
+    "a checkpoint recomputes its branch without its gate: checkpoint the module that adds, "
+    'checkpoint(layer, x), or use gate="batch" for this model'
+)
 
 
 def _counted(gated: Gated, seed: int) -> CallCounts:

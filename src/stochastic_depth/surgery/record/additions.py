@@ -36,7 +36,7 @@ from stochastic_depth.surgery.record.rejected import (
 )
 from stochastic_depth.surgery.record.shortcuts import Shortcuts, is_mixing
 from stochastic_depth.surgery.record.trace import PRODUCT, Call, Recording, recorded
-from stochastic_depth.torch_private import function_around
+from stochastic_depth.torch_private import function_around, is_called_by_compiled
 
 Key = tuple[str, Edits]
 """Identifies an addition by its owner and its edits."""
@@ -205,7 +205,10 @@ class _Search:
         site = call_site_of(frame)
         occurrence = Occurrence(site, self.occurrences[site] - 1, side, self.training)
         stack = tuple(self.recording.calls)
-        made = Execution(operands[side], operands[1 - side], total, occurrence, stack, identity)
+        compiled = is_called_by_compiled(frame)
+        made = Execution(
+            operands[side], operands[1 - side], total, occurrence, stack, identity, compiled
+        )
         return locate(self.recording, made, frame)
 
     def _added_before(self, left: int, right: int, total: int, frame: FrameType) -> set[int]:

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Container, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from stochastic_depth.surgery.record.shortcuts import mixing
 from stochastic_depth.surgery.record.trace import Call, Recording, calls_during
 from stochastic_depth.surgery.rewrite.bypassed import not_reached
 from stochastic_depth.surgery.rewrite.syntax import has_one_path
-from stochastic_depth.tensors import tensors_in
+from stochastic_depth.tensors import Promotion, tensors_in
 
 UPSAMPLES = ("interpolate", "upsample", "conv_transpose", "pixel_shuffle")
 """Parts of the names of functions that may make values larger."""
@@ -173,36 +174,28 @@ def as_sums(recording: Recording, edits: Edits, executions: Sequence[Execution])
 
     That is a copy if the pass has overwritten one of the sums, and a tensor of their dtype.
     """
-    copies = any(recording.is_changed_later(each.total) for each in executions)
-    cast = cast_to_sum(recording, executions)
+    form: dict[str, Any] = {
+        "copies": any(recording.is_changed_later(each.total) for each in executions),
+        "promotion": promotion(recording, executions),
+    }
     return tuple(
-        (name, replace(edit, copies=copies, cast=cast) if isinstance(edit, AdditionEdit) else edit)
+        (name, replace(edit, **form) if isinstance(edit, AdditionEdit) else edit)
         for name, edit in edits
     )
 
 
-CASTS = {
-    torch.float32: "float",
-    torch.float64: "double",
-    torch.complex64: "cfloat",
-    torch.complex128: "cdouble",
-}
-"""The dtypes to which a sum may promote its shortcut, each with the method that casts to it."""
+def promotion(recording: Recording, executions: Iterable[Execution]) -> Promotion | None:
+    """How the shortcuts of these additions get the dtype of their sums; None if they have it.
 
-
-def cast_to_sum(recording: Recording, executions: Iterable[Execution]) -> str:
-    """The method that gives the shortcuts of these additions the dtype of their sums.
-
-    It is empty if they have it, and also if the sums have several dtypes: then the proof compares
-    the dtypes of the outputs.
+    It is None also if the sums have several dtypes; the proof compares the dtypes of the outputs.
     """
-    pairs = [
-        (recording.values[e.shortcut].tensor, recording.values[e.total].tensor) for e in executions
-    ]
+    values = recording.values
+    pairs = [(values[each.shortcut].tensor, values[each.total].tensor) for each in executions]
     dtypes = {total.dtype for _, total in pairs}
     if len(dtypes) > 1 or all(shortcut.dtype == total.dtype for shortcut, total in pairs):
-        return ""
-    return CASTS.get(dtypes.pop(), "")
+        return None
+    name = str(dtypes.pop()).removeprefix("torch.")
+    return Promotion(name, torch.is_autocast_enabled(pairs[0][1].device.type))
 
 
 def with_not_shown(edits: Edits, reached: Container[CallSite]) -> Edits:

@@ -44,6 +44,8 @@ class Execution:
     """The running module calls, innermost last."""
     identity: bool
     """Whether the shortcut is the identity; otherwise it is a projection."""
+    compiled: bool = False
+    """Whether a function that torch.compile compiles makes the addition."""
     branch_in_owner: frozenset[int] = frozenset()
     """The values of the branch that are computed during the call of the owner of the addition."""
     modules: frozenset[str] = frozenset()

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from stochastic_depth.residual import works_in_place
 from stochastic_depth.surgery.addition_functions import ADDITIONS, by_position, scales_second
 from stochastic_depth.surgery.flops import CountFlops
 from stochastic_depth.tensors import tensors_in
-from stochastic_depth.torch_private import FunctionMode, changes_of
+from stochastic_depth.torch_private import changes_of, is_called_by_compiled
 
 PRODUCT = "product of addcmul"
 """The name recorded for the function that made the product in `addcmul`."""
@@ -46,6 +47,8 @@ class Call:
     it returns."""
     outputs: set[int] = field(default_factory=set)
     """The numbers of the tensors that it returned."""
+    compiled: bool = False
+    """Whether a function that torch.compile compiles makes it, within the call around it."""
     returned_tensor: bool = False
     """Whether it returned a tensor, rather than a tuple or another structure."""
 
@@ -297,7 +300,7 @@ def _is_zero(value: object) -> bool:
     return type(value) is int and value == 0
 
 
-class _Functions(FunctionMode):
+class _Functions(TorchFunctionMode):
     """Records every function of PyTorch that is called."""
 
     def __init__(
@@ -354,6 +357,7 @@ def _hooks(name: str, module: nn.Module, recording: Recording) -> tuple[Any, Any
         began = len(recording.values)
         parent = recording.calls[-1] if recording.calls else None
         call = Call(name, module, args, kwargs, inputs, began, next(recording.serial), parent)
+        call.compiled = is_called_by_compiled(sys._getframe(), calls=1)
         (recording.outermost if parent is None else parent.children).append(call)
         recording.calls.append(call)
 

@@ -48,6 +48,7 @@ from stochastic_depth.surgery.rewrite.variables import (
     used_in_functions,
     uses,
 )
+from stochastic_depth.tensors import promoted
 
 
 def edit_statement(
@@ -119,9 +120,11 @@ def _exchange_arguments(
 
 def _as_sum(shortcut: ast.expr, edit: AdditionEdit) -> ast.expr:
     """The expression of a closed addition: the shortcut, with the dtype of the sum."""
-    for method in filter(None, (edit.cast, "clone" if edit.copies else "")):
-        shortcut = ast.Call(ast.Attribute(shortcut, method, ast.Load()), [], [])
-    return shortcut
+    if edit.promotion is not None:
+        shortcut = call("_promoted", shortcut, *map(ast.Constant, edit.promotion))
+    return (
+        ast.Call(ast.Attribute(shortcut, "clone", ast.Load()), [], []) if edit.copies else shortcut
+    )
 
 
 SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr)
@@ -152,7 +155,7 @@ def slice_method(
     drawn = call("_gates", module_of(tree))
     tree.body.insert(0, ast.Assign([ast.Tuple(names, ast.Store())], drawn))
     names_used = {"_gates": gates, "_select": select_drawn, "_bypassed": warn_bypassed}
-    return compiled(function, tree, names_used)
+    return compiled(function, tree, {**names_used, "_promoted": promoted})
 
 
 @functools.lru_cache(maxsize=1024)
