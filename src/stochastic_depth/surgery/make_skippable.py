@@ -14,6 +14,7 @@ from stochastic_depth.hooks import batch_size
 from stochastic_depth.surgery.blocks import (
     FoundBlock,
     is_inside,
+    registered_functions,
     unsupported,
     with_remedy,
 )
@@ -227,10 +228,13 @@ class _Attempts:
             outcome = self.without(left_out)
             failed |= outcome.failed if isinstance(outcome, _Failure) else set()
         out = [block.name for block in self.candidates.found.blocks if block.name in left_out]
+        named = [block for block in self.candidates.found.blocks if block.name in first.failed]
+        registered = registered_functions(block for block in named if not block.refusal)
         if isinstance(outcome, _Failure):
-            return with_remedy(first.error, out, [], tried_all=not self._kept(failed))
+            return with_remedy(first.error, out, [], not self._kept(failed), registered)
         _undo(self.model, outcome.changed_settings)
-        return with_remedy(first.error, out, [block.name for block in outcome.found])
+        kept = [block.name for block in outcome.found]
+        return with_remedy(first.error, out, kept, registered=registered)
 
     def _kept(self, left_out: Set[str]) -> list[FoundBlock]:
         """The blocks that remain if the user follows the advice to leave out `left_out`.
