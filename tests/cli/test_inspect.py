@@ -28,6 +28,19 @@ class UsesItTwice(Block):
         return x + y + 0 * torch.cat([y, y], -1)[..., :8]
 
 
+class Modulates(Block):
+    """Two additions that share most of their branches."""
+
+    def forward(self, x):
+        a, b = x.chunk(2, -1)
+        m, n = torch.tanh(self.f(x)).chunk(2, -1)
+        return torch.cat([a + m * n, b + n], -1)
+
+
+def modulated():
+    return nn.Sequential(Modulates(), Modulates()), torch.randn(2, 8)
+
+
 def mine():
     return nn.Sequential(*(Block() for _ in range(4)))
 
@@ -84,6 +97,13 @@ def test_what_cannot_be_skipped_is_an_error_that_names_the_remedy(capsys):
     assert "'1' (UsesItTwice)" in printed.err
     assert "--exclude 1 leaves" in printed.err
     assert main(["inspect", f"{__name__}:refused", "--exclude", "1", "--repeats", "2"]) == 0
+
+
+def test_one_coin_for_each_block_is_advised_where_it_works(capsys):
+    command = ["inspect", f"{__name__}:modulated", "--repeats", "2", "--granularity"]
+    assert main([*command, "unit"]) == 1
+    assert "; --granularity block skips all additions of a block" in capsys.readouterr().err
+    assert main([*command, "block"]) == 0
 
 
 def test_no_such_model(capsys):

@@ -90,18 +90,23 @@ def inspect(arguments: list[str]) -> int:
     with console.status("building"), _on_example(asked, "cannot be built"):
         model, example = published(asked.model, batch=asked.batch, shape=asked.shape, device=device)
     rule = LinearDecay(asked.final) if asked.survival == "linear" else Uniform(asked.final)
-    with (
-        console.status("finding the residual blocks"),
-        _on_example(asked, "does not run on the example"),
-    ):
-        planned = plan(model, example, rule, exclude=asked.exclude, granularity=asked.granularity)
+
+    def planned_with(granularity: Granularity) -> "Plan":
+        with (
+            console.status("finding the residual blocks"),
+            _on_example(asked, "does not run on the example"),
+        ):
+            return plan(model, example, rule, exclude=asked.exclude, granularity=granularity)
+
+    planned = planned_with(asked.granularity)
     console.print(plan_table(asked.model, planned))
     for each in planned.rejected:
         console.print(f"not taken: {each}")
     result = {"model": asked.model, **asdict(planned)}
     if not planned.complete:
         _write(asked.out, result)
-        raise _incomplete(planned)
+        whole = asked.granularity == "unit" and planned_with("block").complete
+        raise _incomplete(planned, whole)
     if not asked.plan_only:
         with console.status("verifying every block"):
             apply(
@@ -156,13 +161,19 @@ def _on_example(asked: Inspect, what: str) -> Iterator[None]:
         ) from raised
 
 
-def _incomplete(planned: "Plan") -> StochasticDepthError:
+def _incomplete(planned: "Plan", as_whole: bool) -> StochasticDepthError:
+    """The error for blocks that cannot be skipped.
+
+    Args:
+        as_whole: whether all can be skipped with one coin for all additions of a block.
+    """
     refused = [block for block in planned.blocks if block.refusal]
     names = list(dict.fromkeys(block.name for block in refused))
+    whole = "; --granularity block skips all additions of a block together" if as_whole else ""
     few = f"; --exclude {' '.join(names)} leaves them as they are" if len(names) < 6 else ""
     return ApplyError(
         f"{len(refused)} of {len(planned.blocks)} blocks cannot be made skippable: "
-        f"{refused[0].name!r} ({refused[0].kind}): {refused[0].refusal}{few}"
+        f"{refused[0].name!r} ({refused[0].kind}): {refused[0].refusal}{whole}{few}"
     )
 
 

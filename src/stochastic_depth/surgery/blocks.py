@@ -202,6 +202,7 @@ def with_remedy(
     kept: Iterable[str],
     tried_all: bool = True,
     registered: str = "",
+    as_whole: bool = False,
 ) -> UnsupportedBlockError:
     """`error` with a sentence that says what to leave out.
 
@@ -210,6 +211,7 @@ def with_remedy(
         kept: names of the blocks that can be skipped without them.
         tried_all: whether every block was tried; relevant if `kept` is empty.
         registered: `registered_functions` of the blocks that the error names.
+        as_whole: whether all can be skipped with one gate for all additions of a block.
     """
     out, rest = list(dict.fromkeys(left_out)), list(dict.fromkeys(kept))
     if rest and any(is_inside(name, outer) for name in rest for outer in out):
@@ -217,15 +219,20 @@ def with_remedy(
     elif rest:
         what = "it unchanged" if len(out) == 1 else "them unchanged"
         remedy = f"exclude={out!r} leaves {what}"
+    elif as_whole:
+        remedy = ""
     elif tried_all:
         remedy = "no other block of the model can be skipped"
     else:
         remedy = "no other block of the model can be skipped, as far as was tried"
+    if as_whole:
+        whole = 'granularity="block" skips all additions of a block together, which works'
+        remedy = f"{whole}; or {remedy}" if remedy else whole
     how = "tell sd.apply how to skip it, with sd.register_unit, or build it from sd.Residual"
     if registered:
         how = f"look at {registered}: {REGISTERED_RESULT}"
     return UnsupportedBlockError(
-        f"{error}; {remedy}; {'or ' if rest else ''}{how}", blocks=error.blocks
+        f"{error}; {remedy}; {'or ' if rest or as_whole else ''}{how}", blocks=error.blocks
     )
 
 
