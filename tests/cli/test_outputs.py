@@ -9,11 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from stochastic_depth.cli import main
 from stochastic_depth.cli.export import Export
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.lab.recorded import read_run
+from stochastic_depth.models import CifarResNet
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import DataConfig, ModelConfig, begin, fit
 from support.runs import SILENT
@@ -91,9 +93,33 @@ def test_a_device_and_a_folder_are_told_with_a_remedy_that_works(command, run, t
 
 def test_a_file_that_cannot_be_written_is_told_before_a_benchmark(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("stochastic_depth.cli.bench._runtime", lambda _: pytest.fail("it began"))
-    missing = tmp_path / "nowhere" / "result.json"
-    assert main(["bench", "skip", "--out", str(missing)]) == 1
-    assert f"{missing} could not be written: No such file or directory" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    inside = tmp_path / "file" / "result.json"
+    assert main(["bench", "skip", "--out", str(inside)]) == 1
+    assert f"{inside} could not be written: Not a directory" in capsys.readouterr().err
+
+
+SMALL = {
+    "report": "report RUN",
+    "export": "export RUN --format safetensors",
+    "inspect": f"inspect {__name__}:small --repeats 1",
+    "inspect page": f"inspect {__name__}:small --repeats 1",
+    "bench": "bench skip --depth 8 --batch 2 --size 8 --repeats 2",
+    "bench plot": "bench depth --deepest 56 --batch 2 --size 4 --repeats 2",
+}
+OPTION = {"inspect page": "--report", "bench plot": "--plot"}
+
+
+def small():
+    return CifarResNet(8), torch.randn(2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_folders_that_are_missing_are_made(name, run, tmp_path):
+    out = tmp_path / "new" / "folder" / "written"
+    command = [str(run) if word == "RUN" else word for word in SMALL[name].split()]
+    assert main([*command, OPTION.get(name, "--out"), str(out)]) == 0
+    assert out.stat().st_size
 
 
 def test_a_result_is_written_over_an_earlier_one_of_its_kind(run, capsys):

@@ -74,7 +74,7 @@ class Inspect:
 
 def inspect(arguments: list[str]) -> int:
     asked = parse(Inspect, "inspect", arguments)
-    require_output(asked.report, "page", makes_folders=True)
+    require_output(asked.report, "page")
     require_output(asked.out, "inspection")
     from stochastic_depth.cli.console import PlainConsole
 
@@ -194,7 +194,7 @@ def plan_table(name: str, planned: "Plan") -> "Table":
 
 
 def _write(out: Path | None, result: dict[str, object]) -> None:
-    from stochastic_depth.files import write_whole
+    from stochastic_depth.files import write_output
 
     if out is not None:
-        write_whole(out, (json.dumps(result, indent=1) + "\n").encode())
+        write_output(out, (json.dumps(result, indent=1) + "\n").encode())
