@@ -162,6 +162,31 @@ def test_the_page_of_a_model_that_returns_a_dataclass_is_written(tmp_path):
     assert "Skippable blocks" in page.read_text()
 
 
+MISTAKES = {
+    "def make(:": ("SyntaxError: invalid syntax", 1),
+    "import torch, nowhere": ("ModuleNotFoundError: No module named 'nowhere'", 1),
+    "\nfrom torch import nothing": ("ImportError: cannot import name 'nothing'", 2),
+    "undefined": ("NameError: name 'undefined' is not defined", 1),
+    "import torch\ndef make():\n    return torch.zeros(2) @ torch.zeros(3)": ("RuntimeError", 3),
+}
+
+
+@pytest.mark.parametrize("extra", [[], ["--plan-only"]], ids=["whole", "plan"])
+@pytest.mark.parametrize("number", range(len(MISTAKES)))
+def test_a_mistake_in_the_module_of_a_factory_is_shown_with_its_place(
+    number, extra, tmp_path, capsys, monkeypatch
+):
+    text, (shown, line) = list(MISTAKES.items())[number]
+    file = tmp_path / f"mistake_{number}_{len(extra)}.py"
+    file.write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", f"{file.stem}:make", *extra]) == 1
+    error = capsys.readouterr().err
+    assert f"{file.stem}:make cannot be built ({shown}" in error
+    assert f"in {file}, line {line}: correct it there" in error
+    assert "--shape" not in error
+
+
 @pytest.mark.parametrize("extra", [[], ["--plan-only"]])
 def test_a_shape_that_the_model_does_not_take_is_one_line(extra, capsys):
     assert main(["inspect", f"{__name__}:mine", "--shape", "5", *extra]) == 1

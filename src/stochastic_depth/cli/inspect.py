@@ -20,6 +20,7 @@ from stochastic_depth.errors import (
     ExampleError,
     StochasticDepthError,
     first_line,
+    place_of,
 )
 from stochastic_depth.extras import require_report
 from stochastic_depth.train.checks import at_least, check_probability
@@ -87,14 +88,14 @@ def inspect(arguments: list[str]) -> int:
         from stochastic_depth.survival import LinearDecay, Uniform
     sys.path.insert(0, os.getcwd())  # so that a factory in the current folder is found
     device = "meta" if asked.plan_only else "cpu"
-    with console.status("building"), _on_example(asked, "cannot be built"):
+    with console.status("building"), _building(asked):
         model, example = published(asked.model, batch=asked.batch, shape=asked.shape, device=device)
     rule = LinearDecay(asked.final) if asked.survival == "linear" else Uniform(asked.final)
 
     def planned_with(granularity: Granularity) -> "Plan":
         with (
             console.status("finding the residual blocks"),
-            _on_example(asked, "does not run on the example"),
+            _on_example(asked),
         ):
             return plan(model, example, rule, exclude=asked.exclude, granularity=granularity)
 
@@ -141,7 +142,28 @@ def _measure(
 
 
 @contextmanager
-def _on_example(asked: Inspect, what: str) -> Iterator[None]:
+def _building(asked: Inspect) -> Iterator[None]:
+    """Turn any error of a factory, or of the module that it is in, into one sentence.
+
+    Raises:
+        ApplyError: with the place in the user's code, in place of that error.
+    """
+    try:
+        yield
+    except StochasticDepthError:
+        raise
+    except Exception as error:
+        remedy = "correct it there"
+        if asked.plan_only:
+            remedy += ", or leave out --plan-only, with which there are no values to compute with"
+        raise ApplyError(
+            f"{asked.model} cannot be built ({type(error).__name__}: {first_line(error)}), in "
+            f"{place_of(error)}: {remedy}"
+        ) from error
+
+
+@contextmanager
+def _on_example(asked: Inspect) -> Iterator[None]:
     """Turn any error that a model raises on its example into one sentence.
 
     Raises:
@@ -157,7 +179,8 @@ def _on_example(asked: Inspect, what: str) -> Iterator[None]:
         if asked.plan_only:
             remedy = "leave out --plan-only, with which there are no values to compute with"
         raise ApplyError(
-            f"{asked.model} {what} ({type(raised).__name__}: {first_line(raised)}): {remedy}"
+            f"{asked.model} does not run on the example ({type(raised).__name__}: "
+            f"{first_line(raised)}): {remedy}"
         ) from raised
 
 
