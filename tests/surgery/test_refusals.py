@@ -300,6 +300,32 @@ def test_one_gate_for_a_block_is_advised_where_it_works_and_its_additions_cannot
         assert names == [f"blocks.{n}" for n in range(3)]
 
 
+def without_source(others: int) -> nn.Module:
+    """Two blocks that share a normalisation, and others; of a class whose source is not known."""
+    scope = {"nn": nn, "torch": torch}
+    exec(
+        "class Block(nn.Module):\n"
+        "    def __init__(self, norm):\n"
+        "        super().__init__()\n"
+        f"        self.norm, self.linear = norm, nn.Linear({WIDTH}, {WIDTH})\n"
+        "    def forward(self, x):\n"
+        "        return x + torch.tanh(self.linear(self.norm(x)))",
+        scope,
+    )
+    shared = nn.LayerNorm(WIDTH)
+    own = (nn.LayerNorm(WIDTH) for _ in range(others))
+    return nn.Sequential(*(scope["Block"](norm) for norm in (shared, shared, *own)))
+
+
+@pytest.mark.parametrize("others", [0, 1, 2, 3])
+def test_of_blocks_that_fail_only_together_one_is_left_out(others):
+    x = torch.randn(3, WIDTH)
+    with pytest.raises(sd.errors.UnsupportedBlockError) as refused:
+        sd.apply(without_source(others), example=x)
+    assert "no other block" not in str(refused.value)
+    assert len(applies(lambda: without_source(others), x, str(refused.value))) >= max(1, others)
+
+
 @pytest.mark.parametrize("gate", ["sample", "subset"])
 def test_samples_that_are_not_first_need_one_coin_for_all(gate):
     x = torch.randn(4, 3, WIDTH)

@@ -219,8 +219,9 @@ class _Attempts:
         Args:
             as_whole: as `with_remedy`.
 
-        The others are tried first without the classes that fail, which takes few attempts; and if
-        nothing is left then, without the failing blocks alone.
+        The others are tried first without the classes that fail, which takes few attempts; if
+        nothing is left then, without the failing blocks alone; and at last without one half of
+        those that fail together, as blocks that share a module may do.
         """
         left_out, failed = set[str](), set[str]()
         outcome: Skippable | _Failure = first
@@ -240,6 +241,11 @@ class _Attempts:
             left_out = set(failed)
             outcome = self.without(left_out)
             failed |= outcome.failed if isinstance(outcome, _Failure) else set()
+        together = first.error.blocks  # one half of them may work without the other
+        for half in (together[: len(together) // 2], together[len(together) // 2 :]):
+            rest = failed - {*together} | {*half}
+            if isinstance(outcome, _Failure) and half and self._kept(rest):
+                left_out, outcome = rest, self.without(rest)
         out = [block.name for block in self.candidates.found.blocks if block.name in left_out]
         named = [block for block in self.candidates.found.blocks if block.name in first.failed]
         registered = registered_functions(block for block in named if not block.refusal)
