@@ -1,12 +1,15 @@
 """The handle in the training loops that people have: accumulation, averages, loss scaling."""
 
 import copy
+import warnings
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import stochastic_depth as sd
@@ -259,3 +262,74 @@ def test_a_gradient_scaler_scales_and_skips_as_it_does_without(skipped) -> None:
     scaler.update()
     assert scaler.get_scale() == 512.0
     assert all(torch.equal(p, before[name]) for name, p in twin.named_parameters())
+
+
+class Multiplied(nn.Module):
+    """The reference: a block whose closed branch is multiplied by zero."""
+
+    def __init__(self, block: sd.Residual) -> None:
+        super().__init__()
+        self.branch, self.factor = block.branch, 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.factor * self.branch(x)
+
+
+def adapted(model: nn.Module, close, patterns, retain=()) -> dict[str, Tensor]:
+    """Two steps of MAML's inner loop under the first gates, and the backward pass of the outer loss
+    under the last ones; returns the fast weights named in `retain`."""
+    weights = dict(model.named_parameters())
+    for number, gates in enumerate(patterns):
+        with close(gates):
+            loss = functional_call(model, weights, (batch(number),)).square().sum()
+            if number + 1 == len(patterns):
+                for name in retain:
+                    weights[name].retain_grad()
+                loss.backward()
+                return {name: weights[name] for name in retain}
+            gradients = torch.autograd.grad(
+                loss, list(weights.values()), create_graph=True, materialize_grads=True
+            )
+            new = zip(weights.items(), gradients, strict=True)
+            weights = {name: weight - 0.1 * gradient for (name, weight), gradient in new}
+    raise AssertionError
+
+
+def maml_blocks() -> nn.Sequential:
+    torch.manual_seed(0)
+    blocks = (sd.Residual(nn.Sequential(nn.Linear(4, 4), nn.Tanh())) for _ in range(3))
+    return nn.Sequential(nn.Linear(3, 4), *blocks, nn.Linear(4, 2)).double()
+
+
+@pytest.mark.parametrize("skipped", ["paper", "freeze"])
+@pytest.mark.parametrize("outer", [(True, False, True), (False, False, False)])
+@pytest.mark.parametrize("inner", [(True, True, True), (True, False, True)])
+def test_fast_weights_of_closed_blocks_get_the_gradients_of_a_branch_times_zero(
+    inner, outer, skipped
+) -> None:
+    patterns = [inner, inner, outer]
+    model = maml_blocks()
+    reference = copy.deepcopy(model)
+    for number in (1, 2, 3):
+        reference[number] = Multiplied(reference[number])
+
+    @contextmanager
+    def multiplied(gates):
+        for block, is_open in zip(reference[1:4], gates, strict=True):
+            block.factor = float(is_open)
+        yield
+
+    handle = sd.apply(model, HALF, skipped=skipped)
+    retained = ["2.branch.0.weight"]
+    with warnings.catch_warnings(action="error"):
+        fast = adapted(model, lambda gates: handle.forced(list(gates)), patterns, retained)
+    expected = adapted(reference, multiplied, patterns, retained)
+    right = {name: p.grad for name, p in reference.named_parameters()}
+    for name, p in model.named_parameters():
+        if p.grad is None and skipped == "freeze":
+            assert not right[name].any()
+        else:
+            torch.testing.assert_close(p.grad, right[name])
+    if skipped == "paper":
+        (got,), (wanted,) = fast.values(), expected.values()
+        torch.testing.assert_close(got.grad, wanted.grad)

@@ -455,3 +455,58 @@ def test_a_function_that_calls_the_unit_again_is_exact(pattern):
     for mine, theirs in zip(*gradients, strict=True):
         assert (mine is None) == (theirs is None)
         assert mine is None or torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("branch", lambda x: 2 * x),
+        ("branch", None),
+        ("branch", nn.Linear),
+        ("shortcut", torch.detach),
+        ("activation", torch.relu),
+    ],
+)
+def test_what_is_no_module_is_no_part_of_a_unit(name, given):
+    with pytest.raises(TypeError, match=rf"sd\.Residual\({name}=.*must be an nn\.Module"):
+        sd.Residual(**{"branch": nn.Linear(4, 4), name: given})
+
+
+class OneChannel(nn.Module):
+    def forward(self, x):
+        return x[:, :1]
+
+
+class OneSample(nn.Module):
+    def forward(self, x):
+        return x[:1]
+
+
+@pytest.mark.parametrize(("shortcut", "shape"), [(OneChannel, "[2, 1]"), (OneSample, "[1, 4]")])
+def test_a_sum_that_has_not_the_shape_of_its_shortcut_is_refused_when_it_is_made(shortcut, shape):
+    unit = sd.Residual(nn.Linear(4, 4), shortcut())
+    model, x = nn.Sequential(unit), torch.randn(2, 4)
+    handle = sd.apply(model)
+    for run in (lambda: unit.branch and model(x), lambda: sd.residual_step(x, *unit.children())):
+        with (
+            handle.forced([True]),
+            pytest.raises(sd.errors.UnsupportedBlockError) as error,
+        ):
+            run()
+        assert "has the shape [2, 4], and the shortcut" in str(error.value)
+        assert f"which a closed gate returns, {shape}" in str(error.value)
+
+
+TRACERS = {
+    "torch.fx": torch.fx.symbolic_trace,
+    "torch.jit": lambda unit: torch.jit.trace(unit, torch.randn(2, 4)),
+    "torch.export": lambda unit: torch.export.export(unit, (torch.randn(2, 4),)).module(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_a_unit_is_traced_as_a_plain_sum(tracer):
+    unit = sd.Residual(nn.Linear(4, 4), activation=nn.ReLU())
+    traced, x = TRACERS[tracer](unit), torch.randn(2, 4)
+    torch.testing.assert_close(traced(x), unit(x))

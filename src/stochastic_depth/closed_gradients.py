@@ -12,6 +12,8 @@ Under skipped="paper" they are zeros, under "freeze" None. When they are given d
 - Where a parameter has hooks on its gradient, as those of an optimizer that steps in the backward
   pass, or of `register_hook`, the output is connected in the same way, and autograd accumulates
   the zeros, so that the hooks run as they do for any other parameter.
+- Where a parameter is itself computed, as the fast weights of MAML in `functional_call`, autograd
+  passes the zeros on in the same way, to what it is computed from.
 - Where no open branch and nothing else is trained, the output of the model is connected to them, so
   that the step has a graph (`with_closed_parameters`).
 
@@ -80,7 +82,7 @@ class ClosedGradients:
         """Parameters outside of the closed blocks that autograd does not reach either."""
         self._sparse: set[nn.Parameter] = set()
         self._hooked: set[nn.Parameter] = set()
-        """Those of closed blocks whose zeros autograd accumulates."""
+        """Those of closed blocks whose zeros autograd accumulates, or passes on."""
         self._last_node: tuple[Any, int] | None = None
         """The autograd node of the last closed block's output, and the number of the node's
         result."""
@@ -101,8 +103,8 @@ class ClosedGradients:
                 self._pending.setdefault(block.observed_module, []).extend(parameters)
                 self._sparse.update(block.sparse_weights())
         if not self._freezes and not is_transformed():
-            hooked = (p for ps in self._pending.values() for p in ps if gradient_hooks(p))
-            self._hooked.update(hooked)
+            pending = (p for parameters in self._pending.values() for p in parameters)
+            self._hooked.update(p for p in pending if not p.is_leaf or gradient_hooks(p))
 
     def _observe(self) -> None:
         """Observe the outputs of closed blocks, to know when a gradient reaches one of them.
@@ -221,7 +223,7 @@ class ClosedGradients:
         Under "freeze", those that autograd has not reached until the backward pass ends are missing
         again then.
         """
-        without = [p for p in parameters if p.grad is None]
+        without = [p for p in parameters if p.is_leaf and p.grad is None]
         if without and not gradients_are_kept():
             return
         for parameter in without:

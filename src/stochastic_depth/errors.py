@@ -1,6 +1,8 @@
 """All errors that this library raises on purpose, as one tree of classes; and a warning."""
 
 import pathlib
+import sysconfig
+import traceback
 
 
 class StochasticDepthError(Exception):
@@ -113,6 +115,20 @@ def first_line(error: BaseException) -> str:
     """The first line of the message of any error, for a sentence that reports it."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else "no reason given"
+
+
+def place_of(error: BaseException) -> str:
+    """The file and line at which an error was raised, for a sentence that reports it.
+
+    They are those of the user's code, if it has called the library that raised the error.
+    """
+    if isinstance(error, SyntaxError) and error.filename is not None:
+        return f"{error.filename}, line {error.lineno}"
+    calls = [call for call in traceback.extract_tb(error.__traceback__) if call.filename[0] != "<"]
+    paths = sysconfig.get_paths()
+    others = str(pathlib.Path(__file__).parent), paths["stdlib"], paths["purelib"], paths["platlib"]
+    last = ([call for call in calls if not call.filename.startswith(others)] or calls)[-1]
+    return f"{last.filename}, line {last.lineno}"
 
 
 _SIGNS_OF_EXHAUSTION = (

@@ -196,6 +196,16 @@ def write_whole(path: Path, content: bytes, inside: Path | None = None) -> None:
         raise RunError(f"{path} could not be written: {reason(error)}") from error
 
 
+def write_output(path: Path, content: bytes) -> None:
+    """As `write_whole`, and create the folders above `path` that are missing.
+
+    Raises:
+        RunError: as `make_folders` and `write_whole`.
+    """
+    make_folders(path.parent)
+    write_whole(path, content)
+
+
 def require_replaceable(path: Path) -> None:
     """Refuse what `write_whole` refuses, before there is anything to write.
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +44,21 @@ def forked_processes() -> ForkContext | SpawnContext:
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     return multiprocessing.get_context("fork")
+
+
+@contextmanager
+def interrupts_blocked() -> Iterator[None]:
+    """While entered, processes that are started inherit that Ctrl-C is blocked, and never get it.
+
+    Ctrl-C reaches a whole group of processes. If it were ignored here while others start, this
+    process would lose it; blocked, it waits until the end, or reaches another thread.
+    """
+    resource_tracker.ensure_running()  # starting it later would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def cores() -> int:

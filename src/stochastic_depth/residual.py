@@ -7,9 +7,14 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.errors import GateError
+from stochastic_depth.errors import GateError, UnsupportedBlockError
 from stochastic_depth.gates import OPEN, BlockGates, Gate
-from stochastic_depth.torch_private import backward_pass, function_around
+from stochastic_depth.torch_private import (
+    backward_pass,
+    function_around,
+    graph_exporter,
+    is_fx_tracing,
+)
 
 
 def residual_step(
@@ -33,6 +38,8 @@ def residual_step(
 
     Raises:
         GateError: when gates for single samples were drawn for a different batch size.
+        UnsupportedBlockError: when the sum does not have the shape of the shortcut. It is not
+            looked at in compiled, traced and exported code.
 
     The paper, section 3, equations 2 and 5.
 
@@ -49,8 +56,23 @@ def residual_step(
     if gate.open:
         with gate.forward_only():
             f = branch(gate.select(x))
-        out = out + gate.scale(f)
+        total = out + gate.scale(f)
+        if not torch.compiler.is_compiling():
+            _require_shape_of(out, total)
+        out = total
     return out if activation is None else activation(out)
+
+
+def _require_shape_of(shortcut: Tensor, total: Tensor) -> None:
+    """Raise `UnsupportedBlockError` if a sum has another shape than its shortcut."""
+    if is_fx_tracing() or graph_exporter() is not None:
+        return  # shapes are no numbers there
+    if total.shape != shortcut.shape:
+        raise UnsupportedBlockError(
+            f"the sum of shortcut and branch has the shape {list(total.shape)}, and the shortcut "
+            f"alone, which a closed gate returns, {list(shortcut.shape)}: give a shortcut with the "
+            "shape of the sum, for example one that expands its output"
+        )
 
 
 class Residual(nn.Module):
@@ -68,6 +90,9 @@ class Residual(nn.Module):
         activation: the module that follows the addition; None for pre-norm and pre-activation
             blocks.
 
+    Raises:
+        TypeError: when one of them is no module, such as a function.
+
     Examples:
         >>> model = nn.Sequential(*(sd.Residual(nn.Linear(8, 8)) for _ in range(4)))
         >>> sd.apply(model, sd.Uniform(0.5)).expected_depth
@@ -83,6 +108,13 @@ class Residual(nn.Module):
         activation: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        given = {"branch": branch, "shortcut": shortcut, "activation": activation}
+        for name, module in given.items():
+            if not isinstance(module, nn.Module) and (module is not None or name == "branch"):
+                raise TypeError(
+                    f"sd.Residual({name}={module!r}): it must be an nn.Module; for a function, "
+                    "give one whose forward method calls it"
+                )
         self.branch = branch
         self.shortcut = shortcut
         self.activation = activation

@@ -28,6 +28,19 @@ class UsesItTwice(Block):
         return x + y + 0 * torch.cat([y, y], -1)[..., :8]
 
 
+class Modulates(Block):
+    """Two additions that share most of their branches."""
+
+    def forward(self, x):
+        a, b = x.chunk(2, -1)
+        m, n = torch.tanh(self.f(x)).chunk(2, -1)
+        return torch.cat([a + m * n, b + n], -1)
+
+
+def modulated():
+    return nn.Sequential(Modulates(), Modulates()), torch.randn(2, 8)
+
+
 def mine():
     return nn.Sequential(*(Block() for _ in range(4)))
 
@@ -86,6 +99,13 @@ def test_what_cannot_be_skipped_is_an_error_that_names_the_remedy(capsys):
     assert main(["inspect", f"{__name__}:refused", "--exclude", "1", "--repeats", "2"]) == 0
 
 
+def test_one_coin_for_each_block_is_advised_where_it_works(capsys):
+    command = ["inspect", f"{__name__}:modulated", "--repeats", "2", "--granularity"]
+    assert main([*command, "unit"]) == 1
+    assert "; --granularity block skips all additions of a block" in capsys.readouterr().err
+    assert main([*command, "block"]) == 0
+
+
 def test_no_such_model(capsys):
     assert main(["inspect", "resnet50"]) == 1
     assert "timm/NAME" in capsys.readouterr().err
@@ -140,6 +160,31 @@ def test_the_page_of_a_model_that_returns_a_dataclass_is_written(tmp_path):
     command = ["inspect", f"{__name__}:answers", "--repeats", "2", "--report", str(page)]
     assert main(command) == 0
     assert "Skippable blocks" in page.read_text()
+
+
+MISTAKES = {
+    "def make(:": ("SyntaxError: invalid syntax", 1),
+    "import torch, nowhere": ("ModuleNotFoundError: No module named 'nowhere'", 1),
+    "\nfrom torch import nothing": ("ImportError: cannot import name 'nothing'", 2),
+    "undefined": ("NameError: name 'undefined' is not defined", 1),
+    "import torch\ndef make():\n    return torch.zeros(2) @ torch.zeros(3)": ("RuntimeError", 3),
+}
+
+
+@pytest.mark.parametrize("extra", [[], ["--plan-only"]], ids=["whole", "plan"])
+@pytest.mark.parametrize("number", range(len(MISTAKES)))
+def test_a_mistake_in_the_module_of_a_factory_is_shown_with_its_place(
+    number, extra, tmp_path, capsys, monkeypatch
+):
+    text, (shown, line) = list(MISTAKES.items())[number]
+    file = tmp_path / f"mistake_{number}_{len(extra)}.py"
+    file.write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", f"{file.stem}:make", *extra]) == 1
+    error = capsys.readouterr().err
+    assert f"{file.stem}:make cannot be built ({shown}" in error
+    assert f"in {file}, line {line}: correct it there" in error
+    assert "--shape" not in error
 
 
 @pytest.mark.parametrize("extra", [[], ["--plan-only"]])

@@ -9,13 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from stochastic_depth.cli import main
 from stochastic_depth.cli.export import Export
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.lab.recorded import read_run
+from stochastic_depth.models import CifarResNet
 from stochastic_depth.recipes import RECIPES
-from stochastic_depth.train import DataConfig, ModelConfig, begin, fit
+from stochastic_depth.train import DataConfig, ModelConfig, begin, fit, open_run
+from stochastic_depth.train.checkpoint import load_checkpoint, save_checkpoint
 from support.runs import SILENT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,9 +94,33 @@ def test_a_device_and_a_folder_are_told_with_a_remedy_that_works(command, run, t
 
 def test_a_file_that_cannot_be_written_is_told_before_a_benchmark(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("stochastic_depth.cli.bench._runtime", lambda _: pytest.fail("it began"))
-    missing = tmp_path / "nowhere" / "result.json"
-    assert main(["bench", "skip", "--out", str(missing)]) == 1
-    assert f"{missing} could not be written: No such file or directory" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    inside = tmp_path / "file" / "result.json"
+    assert main(["bench", "skip", "--out", str(inside)]) == 1
+    assert f"{inside} could not be written: Not a directory" in capsys.readouterr().err
+
+
+SMALL = {
+    "report": "report RUN",
+    "export": "export RUN --format safetensors",
+    "inspect": f"inspect {__name__}:small --repeats 1",
+    "inspect page": f"inspect {__name__}:small --repeats 1",
+    "bench": "bench skip --depth 8 --batch 2 --size 8 --repeats 2",
+    "bench plot": "bench depth --deepest 56 --batch 2 --size 4 --repeats 2",
+}
+OPTION = {"inspect page": "--report", "bench plot": "--plot"}
+
+
+def small():
+    return CifarResNet(8), torch.randn(2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_folders_that_are_missing_are_made(name, run, tmp_path):
+    out = tmp_path / "new" / "folder" / "written"
+    command = [str(run) if word == "RUN" else word for word in SMALL[name].split()]
+    assert main([*command, OPTION.get(name, "--out"), str(out)]) == 0
+    assert out.stat().st_size
 
 
 def test_a_result_is_written_over_an_earlier_one_of_its_kind(run, capsys):
@@ -192,17 +219,45 @@ def test_without_checkpoints_the_remedy_is_a_copy_of_them(command, run, capsys):
     assert "--resume" not in shown
 
 
-def test_where_the_best_checkpoint_is_damaged_the_last_one_is_a_remedy(run, capsys, monkeypatch):
-    best, last = sorted((run / "checkpoints").iterdir())
+@pytest.fixture
+def first_is_best(run, monkeypatch):
+    """The files of the best checkpoint, which is the first one, and of the last one."""
     monkeypatch.setattr(
         "stochastic_depth.train.open.best_record",
         lambda records: min(records, key=lambda r: r.step),
     )
-    best.write_bytes(b"damaged")
-    assert "--checkpoint last" in refused(capsys, "eval RUN", run, "")
-    assert main(["eval", str(run), "--checkpoint", "last"]) == 0
-    last.write_bytes(b"damaged")
-    assert "--checkpoint last" not in refused(capsys, "eval RUN --checkpoint last", run, "")
+    best, last = sorted((run / "checkpoints").iterdir())
+    return {"best": best, "last": last}
+
+
+@pytest.fixture(params=["damaged", "of another run"])
+def spoil(request, finished, tmp_path):
+    """A function that spoils a checkpoint."""
+
+    def spoiled(path):
+        if request.param == "damaged":
+            path.write_bytes(b"damaged")
+            return
+        state = load_checkpoint(path, open_run(finished).id)
+        save_checkpoint(path, {**state, "run": "f" * 32})
+
+    return spoiled
+
+
+@pytest.mark.parametrize(("which", "other"), [("best", "last"), ("last", "best")])
+def test_where_a_checkpoint_cannot_be_trusted_the_other_one_is_a_remedy_if_it_can(
+    which, other, run, capsys, first_is_best, spoil
+):
+    spoil(first_is_best[which])
+    shown = refused(capsys, f"eval RUN --checkpoint {which}", run, "")
+    assert f"Put a copy in its place, or use the {'newest' if which == 'best' else 'best'}" in shown
+    assert f"--checkpoint {other}" in shown
+    assert main(["eval", str(run), "--checkpoint", other]) == 0
+    spoil(first_is_best[other])
+    for each in (which, other):
+        shown = refused(capsys, f"eval RUN --checkpoint {each}", run, "")
+        assert first_is_best[each].name in shown
+        assert shown.endswith("Put a copy in its place\n")
 
 
 def test_a_run_that_has_measured_nothing_is_named(run, capsys):

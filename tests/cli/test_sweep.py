@@ -61,8 +61,8 @@ def test_the_same_command_in_another_terminal_joins(tmp_path):
 
 
 @pytest.fixture
-def long(tmp_path):
-    """A sweep of hours under way in a session of its own, with two workers in a run each."""
+def begun(tmp_path):
+    """A sweep of hours with two workers, just begun in a session of its own; and its folder."""
     command = [sys.executable, "-m", "stochastic_depth", *SURVIVAL, "--epochs", "9999"]
     with subprocess.Popen(
         [*command, "--workers", "2"],
@@ -71,26 +71,58 @@ def long(tmp_path):
         text=True,
         start_new_session=True,
     ) as process:
-        folder = tmp_path / "runs" / "sweep-survival-digits"
-        while len(list(folder.glob("runs/*/metrics.jsonl"))) < 2:
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.05)
-        yield process, folder
+        yield process, tmp_path / "runs" / "sweep-survival-digits"
         process.kill()
 
 
-def test_ctrl_c_leaves_checkpoints_and_tells_how_to_go_on(long):
-    process, folder = long
+def wait_until(process, condition):
+    """Wait while the process runs."""
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def long(begun):
+    """The same when both workers are in a run."""
+    process, folder = begun
+    wait_until(process, lambda: len(list(folder.glob("runs/*/metrics.jsonl"))) == 2)
+    return begun
+
+
+def assert_ends_on_ctrl_c(process):
     os.killpg(process.pid, signal.SIGINT)
-    shown = process.communicate()[0]
+    shown = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGINT
     assert "6 of 6 runs are not finished" in shown
     assert "resume:  stochastic-depth sweep survival digits" in shown
     assert "Traceback" not in shown
+
+
+def test_ctrl_c_leaves_checkpoints_and_tells_how_to_go_on(long):
+    process, folder = long
+    assert_ends_on_ctrl_c(process)
     for path in (folder / "runs").iterdir():
         run = open_run(path)
         with run.writing():
             assert run.checkpoints.steps()[0] >= run.records()[-1].step
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: the processes of a session")
+def test_ctrl_c_while_workers_start_ends_the_sweep_and_leaves_no_process(begun):
+    process, _ = begun
+    # The server process of the workers imports PyTorch, and the command waits for it.
+    wait_until(process, lambda: any("forkserver" in each for each in commands_in(process.pid)))
+    assert_ends_on_ctrl_c(process)
+    while commands_in(process.pid):  # the server process ends when it notices
+        time.sleep(0.02)
+
+
+def commands_in(session):
+    """The command lines of the processes of a session that have not ended."""
+    shown = ["ps", "-o", "args=", "--sid", str(session)]
+    lines = subprocess.run(shown, capture_output=True, text=True).stdout.splitlines()
+    return [line for line in lines if "<defunct>" not in line]
 
 
 def test_workers_whose_command_is_killed_stop_with_a_checkpoint(long):

@@ -27,6 +27,14 @@ def mistaken():
 a_model = nn.Linear(2, 2)
 
 
+def three():
+    return nn.Linear(4, 2), torch.zeros(3, 4), 5
+
+
+def alone():
+    return (nn.Linear(4, 2),)
+
+
 def not_a_module():
     return 3
 
@@ -91,6 +99,8 @@ def test_options_that_a_factory_cannot_take_are_refused():
         (f"{__name__}:a_model", r"is a model: name a function that returns one"),
         (f"{__name__}:linear", r"no example of its input.*--shape"),
         (f"{__name__}:not_a_module", r"returns int, not a module"),
+        (f"{__name__}:three", r"returns 3 values: return a model, or \(model, example\), where"),
+        (f"{__name__}:alone", r"returns 1 value: return a model, or \(model, example\)"),
     ],
 )
 def test_what_is_no_model_is_named(name, message):

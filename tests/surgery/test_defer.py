@@ -407,3 +407,54 @@ def test_a_plan_says_what_apply_does() -> None:
     plan = sd.plan(Pairs().double(), X)
     assert plan.complete
     assert [block.mechanism for block in plan.blocks] == ["deferred"] * 3
+
+
+class SharesFeedForward(nn.Module):
+    """A layer that loops over a linear layer of its own and a feed-forward layer of others, too."""
+
+    def __init__(self, feed_forward: nn.Module) -> None:
+        super().__init__()
+        self.own, self.feed_forward = nn.Linear(4, 4), feed_forward
+
+    def parts(self):
+        return self.own, self.feed_forward
+
+    def forward(self, x, gates=None):
+        for number, part in enumerate(self.parts()):
+            if gates is None or gates[number]:
+                x = x + torch.tanh(part(x))
+        return x
+
+
+class NeighboursShare(nn.Module):
+    """Two neighbouring layers share a feed-forward layer; a siamese network calls both twice."""
+
+    def __init__(self, siamese: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.siamese = siamese
+        self.shared = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.layers = nn.ModuleList(SharesFeedForward(self.shared[n // 2]) for n in range(4))
+
+    def forward(self, x, gates=None):
+        def half(x):
+            for number, layer in enumerate(self.layers):
+                x = layer(x, None if gates is None else gates[2 * number : 2 * number + 2])
+            return x
+
+        return half(x) - half(2 * x) if self.siamese else half(x)
+
+
+@pytest.mark.parametrize("siamese", [False, True])
+@pytest.mark.parametrize("granularity", ["block", "unit"])
+def test_each_addition_in_the_loops_of_neighbours_that_share_a_module_has_a_gate(
+    granularity, siamese
+):
+    model, reference = (NeighboursShare(siamese).double() for _ in range(2))
+    x = torch.randn(5, 4, dtype=torch.float64)
+    handle = sd.apply(model, sd.Uniform(0.5), example=x, granularity=granularity)
+    names = [f"layers.{n // 2}.own" if n % 2 == 0 else f"shared.{n // 4}" for n in range(8)]
+    assert [block.name for block in handle.blocks] == names
+    for gates in itertools.islice(itertools.product([False, True], repeat=8), 0, None, 7):
+        with handle.forced(gates):
+            torch.testing.assert_close(model.train()(x), reference(x, gates))

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
+from stochastic_depth.surgery import adapters
 from stochastic_depth.surgery.adapters import registered
 from support.blocks import (
     ONE_ADDITION,
@@ -547,6 +548,42 @@ def test_a_cell_that_registers_a_function_can_be_run_again():
 def test_what_is_no_class_of_modules_is_not_registered(given):
     with pytest.raises(sd.errors.ApplyError, match="give a class of modules, or 'package"):
         sd.register_unit(given)
+
+
+class SaysWrong(Base):
+    """Is registered with functions that do something wrong with their gate closed."""
+
+    def forward(self, x):
+        return x + self.f(x)
+
+
+def returns_another_value(block, gate, x):
+    return x + gate.scale(block.f(gate.select(x))) if gate.open else 2 * x
+
+
+def runs_its_branch(block, gate, x):
+    branch = block.f(gate.select(x))
+    return x + gate.scale(branch) if gate.open else x
+
+
+def fails_when_closed(block, gate, x):
+    return x + gate.scale(block.f(gate.select(x)) if gate.open else None)
+
+
+@pytest.mark.parametrize("function", [returns_another_value, runs_its_branch, fails_when_closed])
+@pytest.mark.parametrize("others", [[], [Left]], ids=["alone", "with others"])
+def test_a_registered_function_that_is_wrong_is_named_with_what_it_has_to_do(
+    function, others, monkeypatch
+):
+    monkeypatch.setitem(adapters._registered, f"{__name__}.SaysWrong", function)
+    model = nn.Sequential(SaysWrong(), *(other() for other in others)).double()
+    with pytest.raises(sd.errors.UnsupportedBlockError) as error:
+        sd.apply(model, example=torch.randn(5, WIDTH, dtype=torch.float64))
+    message = str(error.value)
+    assert f"look at {__name__}.{function.__name__}, which sd.register_unit has for" in message
+    assert "with its gate closed it must call no module of the branch, and return the" in message
+    assert "tell sd.apply how to skip it" not in message
+    assert ("exclude=['0'] leaves it unchanged; or look at" in message) == bool(others)
 
 
 class Batchless(Base):

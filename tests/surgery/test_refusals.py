@@ -256,6 +256,76 @@ def test_the_blocks_inside_of_a_model_that_is_none_are_still_skipped():
     assert names == [f"inside.blocks.{n}" for n in range(4)]
 
 
+class Modulates(nn.Module):
+    """Two additions, and the branch of the second modulates that of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, e):
+        m = torch.tanh(self.f(e))
+        return x + torch.tanh(self.g(x)) * m, e + m * m
+
+
+class TwoStreams(nn.Module):
+    def __init__(self, kind) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(kind() for _ in range(3))
+
+    def forward(self, x, e):
+        for block in self.blocks:
+            x, e = block(x, e)
+        return x, e
+
+
+class ModulatesAndShows(Modulates):
+    """Its branches are outputs of the model, too."""
+
+    def forward(self, x, e):
+        m = torch.tanh(self.f(e))
+        return x + torch.tanh(self.g(x)) * m, e + m * m - 2 * m
+
+
+@pytest.mark.parametrize(("kind", "works"), [(Modulates, True), (ModulatesAndShows, False)])
+def test_one_gate_for_a_block_is_advised_where_it_works_and_its_additions_cannot_have_their_own(
+    kind, works
+):
+    x = torch.randn(3, WIDTH), torch.randn(3, WIDTH)
+    with pytest.raises(sd.errors.UnsupportedBlockError) as refused:
+        sd.apply(TwoStreams(kind), sd.Uniform(0.5), example=x, granularity="unit")
+    assert ('granularity="block" skips all' in str(refused.value)) == works
+    if works:
+        names = applies(lambda: TwoStreams(kind), x, str(refused.value))
+        assert names == [f"blocks.{n}" for n in range(3)]
+
+
+def without_source(others: int) -> nn.Module:
+    """Two blocks that share a normalisation, and others; of a class whose source is not known."""
+    scope = {"nn": nn, "torch": torch}
+    exec(
+        "class Block(nn.Module):\n"
+        "    def __init__(self, norm):\n"
+        "        super().__init__()\n"
+        f"        self.norm, self.linear = norm, nn.Linear({WIDTH}, {WIDTH})\n"
+        "    def forward(self, x):\n"
+        "        return x + torch.tanh(self.linear(self.norm(x)))",
+        scope,
+    )
+    shared = nn.LayerNorm(WIDTH)
+    own = (nn.LayerNorm(WIDTH) for _ in range(others))
+    return nn.Sequential(*(scope["Block"](norm) for norm in (shared, shared, *own)))
+
+
+@pytest.mark.parametrize("others", [0, 1, 2, 3])
+def test_of_blocks_that_fail_only_together_one_is_left_out(others):
+    x = torch.randn(3, WIDTH)
+    with pytest.raises(sd.errors.UnsupportedBlockError) as refused:
+        sd.apply(without_source(others), example=x)
+    assert "no other block" not in str(refused.value)
+    assert len(applies(lambda: without_source(others), x, str(refused.value))) >= max(1, others)
+
+
 @pytest.mark.parametrize("gate", ["sample", "subset"])
 def test_samples_that_are_not_first_need_one_coin_for_all(gate):
     x = torch.randn(4, 3, WIDTH)

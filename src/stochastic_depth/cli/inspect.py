@@ -20,6 +20,7 @@ from stochastic_depth.errors import (
     ExampleError,
     StochasticDepthError,
     first_line,
+    place_of,
 )
 from stochastic_depth.extras import require_report
 from stochastic_depth.train.checks import at_least, check_probability
@@ -74,7 +75,7 @@ class Inspect:
 
 def inspect(arguments: list[str]) -> int:
     asked = parse(Inspect, "inspect", arguments)
-    require_output(asked.report, "page", makes_folders=True)
+    require_output(asked.report, "page")
     require_output(asked.out, "inspection")
     from stochastic_depth.cli.console import PlainConsole
 
@@ -87,21 +88,26 @@ def inspect(arguments: list[str]) -> int:
         from stochastic_depth.survival import LinearDecay, Uniform
     sys.path.insert(0, os.getcwd())  # so that a factory in the current folder is found
     device = "meta" if asked.plan_only else "cpu"
-    with console.status("building"), _on_example(asked, "cannot be built"):
+    with console.status("building"), _building(asked):
         model, example = published(asked.model, batch=asked.batch, shape=asked.shape, device=device)
     rule = LinearDecay(asked.final) if asked.survival == "linear" else Uniform(asked.final)
-    with (
-        console.status("finding the residual blocks"),
-        _on_example(asked, "does not run on the example"),
-    ):
-        planned = plan(model, example, rule, exclude=asked.exclude, granularity=asked.granularity)
+
+    def planned_with(granularity: Granularity) -> "Plan":
+        with (
+            console.status("finding the residual blocks"),
+            _on_example(asked),
+        ):
+            return plan(model, example, rule, exclude=asked.exclude, granularity=granularity)
+
+    planned = planned_with(asked.granularity)
     console.print(plan_table(asked.model, planned))
     for each in planned.rejected:
         console.print(f"not taken: {each}")
     result = {"model": asked.model, **asdict(planned)}
     if not planned.complete:
         _write(asked.out, result)
-        raise _incomplete(planned)
+        whole = asked.granularity == "unit" and planned_with("block").complete
+        raise _incomplete(planned, whole)
     if not asked.plan_only:
         with console.status("verifying every block"):
             apply(
@@ -136,7 +142,28 @@ def _measure(
 
 
 @contextmanager
-def _on_example(asked: Inspect, what: str) -> Iterator[None]:
+def _building(asked: Inspect) -> Iterator[None]:
+    """Turn any error of a factory, or of the module that it is in, into one sentence.
+
+    Raises:
+        ApplyError: with the place in the user's code, in place of that error.
+    """
+    try:
+        yield
+    except StochasticDepthError:
+        raise
+    except Exception as error:
+        remedy = "correct it there"
+        if asked.plan_only:
+            remedy += ", or leave out --plan-only, with which there are no values to compute with"
+        raise ApplyError(
+            f"{asked.model} cannot be built ({type(error).__name__}: {first_line(error)}), in "
+            f"{place_of(error)}: {remedy}"
+        ) from error
+
+
+@contextmanager
+def _on_example(asked: Inspect) -> Iterator[None]:
     """Turn any error that a model raises on its example into one sentence.
 
     Raises:
@@ -152,17 +179,24 @@ def _on_example(asked: Inspect, what: str) -> Iterator[None]:
         if asked.plan_only:
             remedy = "leave out --plan-only, with which there are no values to compute with"
         raise ApplyError(
-            f"{asked.model} {what} ({type(raised).__name__}: {first_line(raised)}): {remedy}"
+            f"{asked.model} does not run on the example ({type(raised).__name__}: "
+            f"{first_line(raised)}): {remedy}"
         ) from raised
 
 
-def _incomplete(planned: "Plan") -> StochasticDepthError:
+def _incomplete(planned: "Plan", as_whole: bool) -> StochasticDepthError:
+    """The error for blocks that cannot be skipped.
+
+    Args:
+        as_whole: whether all can be skipped with one coin for all additions of a block.
+    """
     refused = [block for block in planned.blocks if block.refusal]
     names = list(dict.fromkeys(block.name for block in refused))
+    whole = "; --granularity block skips all additions of a block together" if as_whole else ""
     few = f"; --exclude {' '.join(names)} leaves them as they are" if len(names) < 6 else ""
     return ApplyError(
         f"{len(refused)} of {len(planned.blocks)} blocks cannot be made skippable: "
-        f"{refused[0].name!r} ({refused[0].kind}): {refused[0].refusal}{few}"
+        f"{refused[0].name!r} ({refused[0].kind}): {refused[0].refusal}{whole}{few}"
     )
 
 
@@ -183,7 +217,7 @@ def plan_table(name: str, planned: "Plan") -> "Table":
 
 
 def _write(out: Path | None, result: dict[str, object]) -> None:
-    from stochastic_depth.files import write_whole
+    from stochastic_depth.files import write_output
 
     if out is not None:
-        write_whole(out, (json.dumps(result, indent=1) + "\n").encode())
+        write_output(out, (json.dumps(result, indent=1) + "\n").encode())

@@ -60,12 +60,13 @@ _OF_A_RUN = (
 )
 
 
-def require_output(path: Path | None, kind: Kind, makes_folders: bool = False) -> None:
+def require_output(path: Path | None, kind: Kind) -> None:
     """Raise an error if a command must not, or cannot, write a file of `kind` at `path`.
+
+    Folders above it that are missing are created when it is written, by `files.write_output`.
 
     Args:
         path: nothing is checked if it is None.
-        makes_folders: whether the command creates the folders in which the file is.
 
     Raises:
         RunError: when `path` is among the files of a run, exists and is something else, or cannot
@@ -77,7 +78,7 @@ def require_output(path: Path | None, kind: Kind, makes_folders: bool = False) -
     if is_there(path):
         _require_kind(path, kind)
     folder = path.parent
-    while makes_folders and not is_there(folder):
+    while not is_there(folder):
         folder = folder.parent
     require_replaceable(folder / path.name)
 

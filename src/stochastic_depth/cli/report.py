@@ -42,7 +42,7 @@ def report(arguments: list[str]) -> int:
                 f"{path} holds no run, it does not exist: give run folders, folders of runs, sweep "
                 "folders, or files that bench depth wrote with --out"
             )
-    require_output(asked.out, "page", makes_folders=True)
+    require_output(asked.out, "page")
     from stochastic_depth.cli.console import PlainConsole
 
     console = PlainConsole()

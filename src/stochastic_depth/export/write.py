@@ -16,7 +16,7 @@ from stochastic_depth.export.description import CHECKSUM, KEY
 from stochastic_depth.export.load import load_export
 from stochastic_depth.export.network import Plain
 from stochastic_depth.extras import require
-from stochastic_depth.files import write_whole
+from stochastic_depth.files import write_output
 from stochastic_depth.train.weights import checksum
 
 Format = Literal["safetensors", "torch", "onnx"]
@@ -51,8 +51,8 @@ def write_export(path: Path, plain: Plain, form: Format) -> float:
             f"{path} is not written: read back, its outputs differ by {difference:.2g} of the "
             "largest one"
         )
-    write_whole(path, content)
-    write_whole(path.with_name(path.name + ".json"), plain.description.to_json().encode())
+    write_output(path, content)
+    write_output(path.with_name(path.name + ".json"), plain.description.to_json().encode())
     return difference
 
 

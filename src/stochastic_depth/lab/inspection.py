@@ -8,7 +8,7 @@ import altair as alt
 from torch import nn
 
 from stochastic_depth.draw import draw
-from stochastic_depth.files import make_folders, write_whole
+from stochastic_depth.files import write_output
 from stochastic_depth.lab.bench.rates import RATES, Saving, measure_rates
 from stochastic_depth.lab.charts import Figure, Key, Row, chart, layered
 from stochastic_depth.lab.formatting import duration, share
@@ -30,9 +30,8 @@ def write_inspection(
     out: Path, name: str, model: nn.Module, example: Any, costs: Summary, repeats: int
 ) -> None:
     """Measure what drop rates save on a model with stochastic depth, and write its page."""
-    make_folders(out.parent)
     seconds, savings = measure_rates(model, example, costs, repeats)
-    write_whole(out, inspection_page(name, example, costs, seconds, savings).encode())
+    write_output(out, inspection_page(name, example, costs, seconds, savings).encode())
 
 
 def inspection_page(

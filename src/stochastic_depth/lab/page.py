@@ -13,7 +13,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from stochastic_depth.files import make_folders, write_whole
+from stochastic_depth.files import make_folders, write_output, write_whole
 from stochastic_depth.lab.charts import Figure
 from stochastic_depth.lab.drawing import NARROW, WIDE, file_png, file_svg, page_svg
 from stochastic_depth.lab.recorded import Sources, read_sources, state_of
@@ -130,8 +130,7 @@ def watch_report(
 
 def _write(sources: Sources, out: Path, figures: Path | None, refresh: int | None) -> Report:
     made = build_report(sources)
-    make_folders(out.parent)
-    write_whole(out, render(made, _state(sources), refresh).encode())
+    write_output(out, render(made, _state(sources), refresh).encode())
     if figures is not None:
         make_folders(figures)
         for section in made.sections:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.errors import ConfigError, first_line
 from stochastic_depth.extras import require
+from stochastic_depth.plain_text import count_text
 from stochastic_depth.randomness import generator
 from stochastic_depth.surgery.example import Example
 
@@ -43,7 +44,8 @@ def published(
             of a configuration of transformers.
 
     Raises:
-        ConfigError: when there is no such model, it needs a shape, or a factory is given options.
+        ConfigError: when there is no such model, it needs a shape, or a factory is given options or
+            returns something else. What a factory or its module raises is raised as it is.
         MissingExtraError: when its library is not installed.
     """
     origin, _, rest = name.partition("/")
@@ -166,16 +168,27 @@ def _image(config: Any) -> Shape:
     return getattr(config, "num_channels", 3), height, width
 
 
+RETURNS = "return a model, or (model, example)"
+
+
 def _from_factory(name: str, batch: int, shape: Shape | None) -> tuple[nn.Module, Example]:
     module, _, function = name.partition(":")
     module = module.removesuffix(".py").replace("/", ".")
     try:
-        factory = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+        imported = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise  # it is found, and imports another one that is not
         raise ConfigError(
             f"{name!r} cannot be imported: {error}; give module:function, with a module that "
             "Python finds from this folder"
         ) from error
+    if not hasattr(imported, function):
+        raise ConfigError(
+            f"{name!r} cannot be imported: {module} has no attribute {function!r}; give "
+            "module:function, with a function of the module"
+        )
+    factory = getattr(imported, function)
     if isinstance(factory, nn.Module):
         raise ConfigError(f"{name!r} is a model: name a function that returns one")
     try:
@@ -185,12 +198,14 @@ def _from_factory(name: str, batch: int, shape: Shape | None) -> tuple[nn.Module
     except ValueError:
         pass  # some functions in C have no signature
     result = factory()
+    if isinstance(result, tuple) and len(result) != 2:
+        raise ConfigError(
+            f"{name!r} returns {count_text(len(result), 'value')}: {RETURNS}, where "
+            "example is a tuple if the model takes several inputs"
+        )
     model, example = result if isinstance(result, tuple) else (result, None)
     if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"{name!r} returns {type(model).__name__}, not a module: return a model, or a model "
-            "and an example"
-        )
+        raise ConfigError(f"{name!r} returns {type(model).__name__}, not a module: {RETURNS}")
     if shape is not None:
         example = _floats(batch, shape, torch.get_default_device())
     if example is None:

@@ -43,7 +43,7 @@ def register_unit(cls: type[nn.Module] | str) -> Callable[[GatedForward], GatedF
         ...         return x, mask
         ...     return x + gate.scale(block.linear(gate.select(x * mask))), mask
     """
-    name = cls if isinstance(cls, str) else _name(cls)
+    name = cls if isinstance(cls, str) else full_name(cls)
     is_class = isinstance(cls, type) and issubclass(cls, nn.Module)
     if not (is_class or (isinstance(cls, str) and "." in cls)):
         raise ApplyError(
@@ -52,10 +52,10 @@ def register_unit(cls: type[nn.Module] | str) -> Callable[[GatedForward], GatedF
 
     def register(forward: GatedForward) -> GatedForward:
         known = _registered.get(name)
-        if known is not None and _name(known) != _name(forward):
+        if known is not None and full_name(known) != full_name(forward):
             raise ApplyError(
-                f"sd.register_unit({name!r}): {_name(known)} is registered already, and "
-                f"{_name(forward)} would replace it: keep one of them"
+                f"sd.register_unit({name!r}): {full_name(known)} is registered already, and "
+                f"{full_name(forward)} would replace it: keep one of them"
             )
         _registered[name] = forward
         return forward
@@ -66,14 +66,14 @@ def register_unit(cls: type[nn.Module] | str) -> Callable[[GatedForward], GatedF
 def registered(cls: type[nn.Module]) -> Callable[..., Any] | None:
     """The registered forward method of a class; None if there is none."""
     for parent in cls.__mro__:
-        if _name(parent) in _registered:
-            return _registered[_name(parent)]
+        if full_name(parent) in _registered:
+            return _registered[full_name(parent)]
         if "forward" in vars(parent):
             return None
     return None
 
 
-def _name(named: Any) -> str:
+def full_name(named: Any) -> str:
     """The module and name of a class or function; its `repr` where it has none."""
     module, name = getattr(named, "__module__", ""), getattr(named, "__qualname__", "")
     return f"{module}.{name}" if name else repr(named)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Container, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -177,7 +178,7 @@ def apply(
     refuse(model, example)
     selected = select_modules(model, include, exclude)
 
-    def find(defer: Container[str]) -> Found:
+    def find(defer: Container[str], granularity: Granularity = granularity) -> Found:
         if example is None:
             return find_residuals(model, selected)
         return find_blocks(model, example, granularity, selected, defer=defer, count_flops=False)
@@ -186,6 +187,7 @@ def apply(
         model,
         find,
         lambda found: survival_of_blocks(survival, model, found, stacks, schedule),
+        find_whole=partial(find, granularity="block") if granularity == "unit" else None,
         example=example,
         gate=gate,
         scale=settings.scale,

@@ -10,6 +10,7 @@ from torch import nn
 from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.module_snapshot import ModuleSnapshot
 from stochastic_depth.residual import Residual
+from stochastic_depth.surgery.adapters import full_name
 from stochastic_depth.surgery.edits import (
     AdditionEdit,
     ArgumentEdit,
@@ -200,6 +201,8 @@ def with_remedy(
     left_out: Iterable[str],
     kept: Iterable[str],
     tried_all: bool = True,
+    registered: str = "",
+    as_whole: bool = False,
 ) -> UnsupportedBlockError:
     """`error` with a sentence that says what to leave out.
 
@@ -207,6 +210,8 @@ def with_remedy(
         left_out: names of the blocks that cannot be skipped.
         kept: names of the blocks that can be skipped without them.
         tried_all: whether every block was tried; relevant if `kept` is empty.
+        registered: `registered_functions` of the blocks that the error names.
+        as_whole: whether all can be skipped with one gate for all additions of a block.
     """
     out, rest = list(dict.fromkeys(left_out)), list(dict.fromkeys(kept))
     if rest and any(is_inside(name, outer) for name in rest for outer in out):
@@ -214,16 +219,42 @@ def with_remedy(
     elif rest:
         what = "it unchanged" if len(out) == 1 else "them unchanged"
         remedy = f"exclude={out!r} leaves {what}"
+    elif as_whole:
+        remedy = ""
     elif tried_all:
         remedy = "no other block of the model can be skipped"
     else:
         remedy = "no other block of the model can be skipped, as far as was tried"
-    otherwise = "or tell" if rest else "tell"
+    if as_whole:
+        whole = 'granularity="block" skips all additions of a block together, which works'
+        remedy = f"{whole}; or {remedy}" if remedy else whole
+    how = "tell sd.apply how to skip it, with sd.register_unit, or build it from sd.Residual"
+    if registered:
+        how = f"look at {registered}: {REGISTERED_RESULT}"
     return UnsupportedBlockError(
-        f"{error}; {remedy}; {otherwise} sd.apply how to skip it, with sd.register_unit, or build "
-        "it from sd.Residual",
-        blocks=error.blocks,
+        f"{error}; {remedy}; {'or ' if rest or as_whole else ''}{how}", blocks=error.blocks
     )
+
+
+REGISTERED_RESULT = (
+    "with its gate closed it must call no module of the branch, and return the shortcut without "
+    "the branch, and anything else as the original does; with its gate open it must compute the "
+    "branch from gate.select of its input, and add gate.scale of the result"
+)
+"""What a registered function has to do."""
+
+
+def registered_functions(found: Iterable[FoundBlock]) -> str:
+    """The functions registered for the classes of these blocks; empty if there are none."""
+    functions = {
+        type(owner).__name__: full_name(edit.forward)
+        for block in found
+        for unit in block.units
+        for owner, edit in unit.edits
+        if isinstance(edit, RegisteredEdit)
+    }
+    named = (f"{name}, which sd.register_unit has for {cls}" for cls, name in functions.items())
+    return ", and ".join(named)
 
 
 def is_inside(name: str, outer: str) -> bool:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Container, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from stochastic_depth.hooks import batch_size
 from stochastic_depth.surgery.blocks import (
     FoundBlock,
     is_inside,
+    registered_functions,
     unsupported,
     with_remedy,
 )
@@ -73,6 +74,7 @@ def make_skippable(
     find: Callable[[Container[str]], Found],
     survival_of: Callable[[Sequence[FoundBlock]], Probabilities],
     *,
+    find_whole: Callable[[Container[str]], Found] | None,
     example: Example | None,
     gate: GateKind,
     scale: Scale,
@@ -86,6 +88,7 @@ def make_skippable(
     Args:
         find: finds the blocks; its argument names those that must be deferred.
         survival_of: returns the survival probabilities of blocks.
+        find_whole: as `find`, with one gate for all additions of a block; None if `find` does that.
         budget: about how many seconds the proof may take; None for no limit.
 
     Raises:
@@ -96,7 +99,8 @@ def make_skippable(
     attempts = _Attempts(model, candidates, survival_of, example, gate, scale, deadline)
     made = attempts.without(frozenset())
     if isinstance(made, _Failure):
-        raise attempts.error_with_remedy(made) from made.error
+        as_whole = find_whole is not None and attempts.succeed_with(Candidates(find_whole))
+        raise attempts.error_with_remedy(made, as_whole) from made.error
     return made
 
 
@@ -145,7 +149,7 @@ class _Attempts:
             raise unsupported(first.name, first.module, first.refusal, names)
         whole = len(kept) == len(self.candidates.found.blocks)
         # Without some blocks it is tried for the sake of the advice, which needs no p_l.
-        probabilities = self.survival_of(kept) if whole else Scheduled((1.0,) * len(kept))
+        probabilities = self.survival_of(kept) if whole else _always_open(kept)
         drop_paths = drop_paths_of(self.model, kept)
         changed = disable_drop_paths(self.model, kept)
         try:
@@ -202,11 +206,22 @@ class _Attempts:
             frozenset(block.name for block in [*named, *alike]),
         )
 
-    def error_with_remedy(self, first: _Failure) -> UnsupportedBlockError:
+    def succeed_with(self, candidates: Candidates) -> bool:
+        """Whether all of these blocks can be made skippable in place of the others."""
+        made = replace(self, candidates=candidates, survival_of=_always_open).without(frozenset())
+        if isinstance(made, Skippable):
+            _undo(self.model, made.changed_settings)
+        return isinstance(made, Skippable)
+
+    def error_with_remedy(self, first: _Failure, as_whole: bool) -> UnsupportedBlockError:
         """The error of the first failure, with a sentence that says which blocks to leave out.
 
-        The others are tried first without the classes that fail, which takes few attempts; and if
-        nothing is left then, without the failing blocks alone.
+        Args:
+            as_whole: as `with_remedy`.
+
+        The others are tried first without the classes that fail, which takes few attempts; if
+        nothing is left then, without the failing blocks alone; and at last without one half of
+        those that fail together, as blocks that share a module may do.
         """
         left_out, failed = set[str](), set[str]()
         outcome: Skippable | _Failure = first
@@ -226,11 +241,19 @@ class _Attempts:
             left_out = set(failed)
             outcome = self.without(left_out)
             failed |= outcome.failed if isinstance(outcome, _Failure) else set()
+        together = first.error.blocks  # one half of them may work without the other
+        for half in (together[: len(together) // 2], together[len(together) // 2 :]):
+            rest = failed - {*together} | {*half}
+            if isinstance(outcome, _Failure) and half and self._kept(rest):
+                left_out, outcome = rest, self.without(rest)
         out = [block.name for block in self.candidates.found.blocks if block.name in left_out]
+        named = [block for block in self.candidates.found.blocks if block.name in first.failed]
+        registered = registered_functions(block for block in named if not block.refusal)
         if isinstance(outcome, _Failure):
-            return with_remedy(first.error, out, [], tried_all=not self._kept(failed))
+            return with_remedy(first.error, out, [], not self._kept(failed), registered, as_whole)
         _undo(self.model, outcome.changed_settings)
-        return with_remedy(first.error, out, [block.name for block in outcome.found])
+        kept = [block.name for block in outcome.found]
+        return with_remedy(first.error, out, kept, registered=registered, as_whole=as_whole)
 
     def _kept(self, left_out: Set[str]) -> list[FoundBlock]:
         """The blocks that remain if the user follows the advice to leave out `left_out`.
@@ -243,6 +266,10 @@ class _Attempts:
             return rest
         selected = select_modules(self.model, None, sorted(left_out))
         return [block for block in rest if selected.allows(block.name, block.names_in_branch())]
+
+
+def _always_open(found: Sequence[FoundBlock]) -> Probabilities:
+    return Scheduled((1.0,) * len(found))
 
 
 def _undo(model: nn.Module, changed: Sequence[Changed]) -> None:

@@ -1,5 +1,6 @@
 """Open a run together with its data: begin it, reopen it, or load its trained network."""
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,14 +131,11 @@ def trained_model(
             and as `Run.is_finished`.
     """
     require_weights_of(run.id, run.weights)
-    newest, step = _newest_and_chosen(run, which)
-    state = None  # the final weights are needed only where the last checkpoint is missing
-    if step != newest or step in run.checkpoints.steps():
-        state = _load_state(run, step, is_newest=step == newest)
+    steps = _steps(run)
+    step = steps[which]
+    state = _state(run, steps, which)
     model, handle = build_network(run.config, run.runtime, batches)
     with as_checkpoint_error(step):
-        if state is None:
-            state = {"model": read_weights(run.weights, run.id)}
         model.load_state_dict(state["model"])
         if handle is not None and "handle" in state:
             handle.load_state_dict(state["handle"])
@@ -146,8 +144,8 @@ def trained_model(
     return model.eval(), step
 
 
-def _newest_and_chosen(run: Run, which: CheckpointName) -> tuple[int, int]:
-    """The steps of the newest checkpoint, or final weights, and of the one that is asked for.
+def _steps(run: Run) -> dict[CheckpointName, int]:
+    """The steps of the best and of the newest checkpoint, or final weights.
 
     Raises:
         CheckpointError: when there is none.
@@ -166,17 +164,38 @@ def _newest_and_chosen(run: Run, which: CheckpointName) -> tuple[int, int]:
             f"{run.path} has no evaluated checkpoint yet: resume it by "
             f"{command('train', '--resume', run.path)}"
         )
-    return newest, best_record(evaluated).step if which == "best" else newest
+    return {"best": best_record(evaluated).step, "last": newest}
 
 
-def _load_state(run: Run, step: int, *, is_newest: bool) -> dict[str, Any]:
-    """The checkpoint of `step`; if it is damaged, the error names the newest one."""
+def _state(run: Run, steps: dict[CheckpointName, int], which: CheckpointName) -> dict[str, Any]:
+    """The state of a checkpoint; if it cannot be trusted, the error names the other one, if that
+    can.
+
+    Raises:
+        CheckpointError, RunError: as `trained_model`.
+    """
     try:
-        return run.checkpoints.load(step, run.runtime.device)
+        return _load(run, steps, steps[which])
     except CheckpointError as error:
-        if is_newest:
-            raise
-        raise CheckpointError(
-            f"{error}. Put a copy in its place, or use the newest one: --checkpoint last "
-            '(which="last", in Python)'
-        ) from error
+        remedy = "Put a copy in its place"
+        other: CheckpointName = "last" if which == "best" else "best"
+        if steps[other] != steps[which]:
+            with suppress(RunError):
+                _load(run, steps, steps[other])
+                remedy += f', or use the {OTHERS[other]}: --checkpoint {other} (which="{other}", '
+                remedy += "in Python)"
+        raise CheckpointError(f"{error}. {remedy}") from error
+
+
+OTHERS: dict[CheckpointName, str] = {"best": "best one", "last": "newest one"}
+
+
+def _load(run: Run, steps: dict[CheckpointName, int], step: int) -> dict[str, Any]:
+    """The checkpoint of `step`; the final weights if that of the last step is missing.
+
+    Raises:
+        CheckpointError, RunError: when it cannot be trusted.
+    """
+    if step == steps["last"] and step not in run.checkpoints.steps():
+        return {"model": read_weights(run.weights, run.id)}
+    return run.checkpoints.load(step, run.runtime.device)

@@ -15,6 +15,7 @@ from stochastic_depth.errors import DataError, Interrupted, RunError
 from stochastic_depth.lab.sweep.folder import open_sweep
 from stochastic_depth.lab.sweep.workers import Workers, claim_next, train_point, work
 from stochastic_depth.train import DataConfig, OptimizerConfig, open_run
+from stochastic_depth.train.signals import StopSignals
 from support.runs import assert_same_end
 from support.small_sweep import GRID, SMALL
 
@@ -157,6 +158,27 @@ def test_workers_that_cannot_start_leave_ctrl_c_as_it_was_and_no_process(sweep, 
         pass
     assert signal.getsignal(signal.SIGINT) is before
     assert not multiprocessing.active_children()
+
+
+@pytest.fixture
+def interrupted(sweep, monkeypatch):
+    """Workers that Ctrl-C reaches when the first of two has been started."""
+    workers = Workers(sweep, count=2, threads=1)
+    monkeypatch.setattr(workers._processes[1], "start", lambda: os.kill(os.getpid(), signal.SIGINT))
+    return workers
+
+
+def test_ctrl_c_is_remembered_while_workers_start(interrupted):
+    with StopSignals() as stop, interrupted:
+        assert stop() == signal.SIGINT
+    assert not multiprocessing.active_children()
+
+
+def test_ctrl_c_that_nobody_remembers_stops_the_workers_that_were_started(interrupted):
+    with pytest.raises(KeyboardInterrupt), interrupted:
+        pass
+    assert not multiprocessing.active_children()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_a_worker_that_was_killed_is_told_by_its_signal(tmp_path):

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from stochastic_depth.errors import RunError
 from stochastic_depth.extras import require
-from stochastic_depth.files import write_whole
+from stochastic_depth.files import write_output
 from stochastic_depth.lab.bench.results import bench_table, time_in_turns, with_progress
 from stochastic_depth.lab.bench.workload import Step, Workload
 from stochastic_depth.lab.options import DEPTHS, DepthOptions
@@ -192,7 +192,7 @@ def _draw(path: Path, title: str, result: DepthResult) -> None:
     from stochastic_depth.lab.bench.depth_chart import depth_cost
     from stochastic_depth.lab.drawing import file_png
 
-    write_whole(path, file_png(title, depth_cost(result.to_json())))
+    write_output(path, file_png(title, depth_cost(result.to_json())))
 
 
 def _an_image(timing: Timing, batch: int) -> Timing:

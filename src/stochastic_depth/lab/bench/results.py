@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from stochastic_depth.files import write_whole
+from stochastic_depth.files import write_output
 from stochastic_depth.lab.options import BenchOptions
 from stochastic_depth.plain_text import count_text
 from stochastic_depth.timing import Timing, take_turns
@@ -153,4 +153,4 @@ def write_json(out: Path, options: BenchOptions, runtime: Runtime, result: Resul
         "versions": versions(),
         **result.to_json(),
     }
-    write_whole(out, json.dumps(content, indent=1).encode() + b"\n")
+    write_output(out, json.dumps(content, indent=1).encode() + b"\n")

@@ -26,7 +26,7 @@ from stochastic_depth.errors import DivergedError, Interrupted, RunError, Stocha
 from stochastic_depth.files import is_there, reason, require_writable
 from stochastic_depth.lab.sweep.folder import Point, Sweep
 from stochastic_depth.plain_text import escaped
-from stochastic_depth.processes import fresh_processes
+from stochastic_depth.processes import fresh_processes, interrupts_blocked
 from stochastic_depth.train import Run, begin, fit, layout, reopen
 from stochastic_depth.train.display import Silent
 from stochastic_depth.train.run_folder import is_untrained
@@ -118,16 +118,13 @@ class Workers:
         self._processes = [fresh.Process(target=_work, args=arguments) for _ in range(count)]
 
     def __enter__(self) -> Self:
-        # Ctrl-C reaches the whole process group, but this process tells the workers to stop.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            for process in self._processes:
-                process.start()
+            with interrupts_blocked():  # on Ctrl-C this process tells the workers to stop
+                for process in self._processes:
+                    process.start()
         except BaseException:
             self._stop()
             raise
-        finally:
-            signal.signal(signal.SIGINT, before)
         return self
 
     def __exit__(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from stochastic_depth.errors import UnsupportedBlockError
-from stochastic_depth.surgery.blocks import repeated_block
+from stochastic_depth.surgery.blocks import is_inside, repeated_block
 from stochastic_depth.surgery.edits import BranchCalls, DeferredEdit
 from stochastic_depth.surgery.find.groups import (
     MIN_SAVED,
@@ -88,7 +88,11 @@ def _keys_in_loop(events: Sequence[AdditionEvent], analysis: Analysis) -> list[K
     for event, path, prefixes in zip(events, paths, around, strict=True):
         once = (prefix for prefix in prefixes if len(added[prefix]) == len(sites[prefix]))
         block = next(once, None)
-        keys.append((".".join(block or path), None if block else iterations[event]))
+        name, iteration = ".".join(block or path), None if block else iterations[event]
+        if not is_inside(name, event.enclosing.name):  # other modules may use it in their loops
+            loop = event.enclosing.name, analysis.iteration(event.enclosing)
+            iteration = iteration, loop
+        keys.append((name, iteration))
     return keys
 
 

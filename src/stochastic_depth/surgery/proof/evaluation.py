@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from stochastic_depth.errors import ApplyError, UnsupportedBlockError
 from stochastic_depth.gates import OPEN
 from stochastic_depth.hooks import refuse_cache
-from stochastic_depth.surgery.blocks import unsupported
-from stochastic_depth.surgery.edits import RegisteredEdit
+from stochastic_depth.surgery.blocks import registered_functions, unsupported
 from stochastic_depth.surgery.model_state import preserve_state
 from stochastic_depth.surgery.proof.call_counts import CallCounts, counted_calls, refuse_running
 from stochastic_depth.surgery.proof.comparison import (
@@ -107,9 +106,9 @@ def _check_open(gated: Gated, restore: Callable[[], None], untouched: list[Tenso
         difference, why = comparison.difference(every, [], Results(untouched))
     if difference:
         remark = comparison.why_nondeterministic(draws=True)
-        raise UnsupportedBlockError(
-            f"with every gate open {why}{remark or _registered_functions(gated)}"
-        )
+        if not remark and (functions := registered_functions(gated.found)):
+            remark = f": look at {functions}"
+        raise UnsupportedBlockError(f"with every gate open {why}{remark}")
     restore()
     if largest_difference(untouched, comparison.expected(every, []).outputs):
         raise UnsupportedBlockError(
@@ -120,14 +119,6 @@ def _check_open(gated: Gated, restore: Callable[[], None], untouched: list[Tenso
         with torch.no_grad(), gated.with_gate(OPEN), counted_calls(gated.model) as usual:
             gated.other()
     return usual
-
-
-def _registered_functions(gated: Gated) -> str:
-    """The classes whose registered function may be the cause; empty if there are none."""
-    edits = [pair for block in gated.found for unit in block.units for pair in unit.edits]
-    classes = {type(owner).__name__ for owner, edit in edits if isinstance(edit, RegisteredEdit)}
-    named = " and ".join(sorted(classes))
-    return f": look at the function that sd.register_unit has for {named}" if named else ""
 
 
 def _check_without_hooks(comparison: Comparison, trial: Trial, expected: Results) -> None:
