@@ -129,6 +129,8 @@ def _sweep(recorded: RecordedSweep) -> Section:
         return Section(f"Sweep {sweep.folder.name}", (), said)
     shared, runs = settings(recorded.runs)
     if sweep.kind == "depth":
+    if recorded.others:
+        said += f" Left out, because the grid has no such runs: {', '.join(recorded.others)}."
         title = f"p_L against depth, {describe_data(sweep.config)}"
     elif sweep.kind == "gates":
         title = f"Ways of gating, {describe(sweep.config)}"

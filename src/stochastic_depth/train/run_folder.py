@@ -236,6 +236,8 @@ def open_run(path: Path) -> Run:
     try:
         text = read_file(config_file, SMALL)
     except OSError as error:
+        if layout.has_lost_config(path):
+            raise layout.lost_config(path) from None
         why = f"{config_file} cannot be read: {reason(error)}"
         raise RunError(f"{path} is not a run folder: {why}") from None
     if not text.strip():

@@ -28,7 +28,7 @@ from stochastic_depth.train import Config, Record, Run, layout, open_run
 from stochastic_depth.train.build import require_trainable
 from stochastic_depth.train.engine_choice import on_one_engine
 from stochastic_depth.train.open import open_batches
-from stochastic_depth.train.run_folder import common_fingerprint
+from stochastic_depth.train.run_folder import common_fingerprint, is_untrained
 from stochastic_depth.train.runtime import resolve_runtime
 
 
@@ -129,6 +129,19 @@ class Sweep:
 
     def done(self, point: Point) -> bool:
         """Whether nothing is left to train. `read_run` checks that nothing was lost since."""
+    def begun(self, point: Point) -> bool:
+        """Whether the run of a point has begun.
+
+        Raises:
+            RunError: when its folder has lost its `config.json`.
+        """
+        path = self.path(point)
+        if not is_there(path) or is_there(path / layout.CONFIG):
+            return is_there(path)
+        if not is_untrained(path):
+            raise layout.lost_config(path)
+        return False  # its process was killed while it removed the folder
+
         return is_there(self.path(point) / layout.WEIGHTS)
 
     def failure(self, point: Point) -> str | None:

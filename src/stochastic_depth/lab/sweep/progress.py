@@ -120,7 +120,8 @@ def sweep_table(sweep: Sweep) -> Table:
             or is on other data.
     """
     points = sweep.grid.points()
-    finished = {point: read_run(sweep.path(point)) for point in points if sweep.done(point)}
+    done = [point for point in points if sweep.done(point) and sweep.begun(point)]
+    finished = {point: read_run(sweep.path(point)) for point in done}
     sweep.require_own(recorded.run for recorded in finished.values())
     caption = "seconds of training compare only where one worker ran at a time"
     table = Table(
