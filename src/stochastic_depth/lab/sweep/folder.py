@@ -101,7 +101,8 @@ class Grid:
 
 
 FORMAT = 1
-OWN_FILES = {"sweep.json", "lock", "runs", "claims"}
+MADE = {"lock", "runs", "claims"}
+"""What is in the folder of every sweep besides `sweep.json`."""
 
 
 @dataclass(frozen=True)
@@ -300,10 +301,12 @@ def read_sweep(folder: Path) -> Sweep:
 def _require_own(folder: Path) -> None:
     """Raise a RunError if `folder` holds something that is not of a sweep."""
     try:
-        strange = {p.name for p in folder.iterdir()} - OWN_FILES if folder.exists() else set()
+        names = {p.name for p in folder.iterdir()} if folder.exists() else set()
     except OSError as error:
         raise RunError(f"{folder} cannot be a sweep's folder: {reason(error)}") from error
-    strange = {name for name in strange if not name.startswith(UNFINISHED)}
+    if "sweep.json" in names or names >= MADE:  # where a damaged sweep.json was removed
+        return
+    strange = {name for name in names - MADE if not name.startswith(UNFINISHED)}
     if strange:
         raise RunError(
             f"{folder} is no sweep's folder, it holds {min(strange)}: choose another --out"
