@@ -107,6 +107,21 @@ def test_runs_under_way_are_compared_at_equal_epochs(experiment):
     assert len(ahead.comparable().series[1].runs) == 1
 
 
+def test_a_seed_that_has_just_begun_does_not_take_the_comparison_back(experiment):
+    """Two epochs are compared, of the one seed of each kind that has reached the second."""
+    constant, stochastic = experiment.series
+
+    def one_behind(series):
+        first, second = (replace(run, finished=False) for run in series.runs)
+        return replace(series, runs=(replace(first, records=first.records[:1]), second))
+
+    under_way = replace(stochastic, runs=tuple(replace(r, finished=False) for r in stochastic.runs))
+    now = replace(experiment, series=(one_behind(constant), under_way)).comparable()
+    assert [len(series.runs) for series in now.series] == [1, 2]
+    assert {run.records[-1].epoch for run in now.runs} == {2}
+    assert now.constant.runs[0].name == constant.runs[1].name
+
+
 def test_runs_under_way_are_marked_in_the_overview(experiment):
     (stochastic,) = experiment.stochastic
     behind = replace(stochastic.runs[0], finished=False, records=stochastic.runs[0].records[:1])

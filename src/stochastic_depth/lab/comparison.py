@@ -129,7 +129,7 @@ def _start(
 
 
 def compare_runs(runs: dict[str, list[Run]]) -> Experiment:
-    """Constant depth and stochastic depth, up to the epoch that all of the runs have reached."""
+    """Constant depth and stochastic depth, up to the last epoch that both have reached."""
     return _recorded(runs).comparable()
 
 

@@ -289,17 +289,22 @@ class Experiment:
     def comparable(self) -> "Experiment":
         """The part that can be compared: finished runs if every series has one, or equal epochs.
 
-        Failed runs are left out, unless all have failed.
+        Those are up to the last epoch that every series has reached with one run at least, of the
+        runs that have reached it. Failed runs are left out, unless all have failed.
         """
         alive = self._of(lambda run: None if run.failed else run)
         if not alive.series:
             alive = self
         if all(any(run.finished for run in series.runs) for series in alive.series):
             return alive._of(lambda run: run if run.finished else None)
-        reached = min(run.records[-1].epoch for run in alive.runs)
-        return alive._of(
-            lambda run: replace(run, records=tuple(r for r in run.records if r.epoch <= reached))
-        )
+        reached = min(max(run.records[-1].epoch for run in one.runs) for one in alive.series)
+
+        def up_to_it(run: RecordedRun) -> RecordedRun | None:
+            if run.records[-1].epoch < reached:
+                return None
+            return replace(run, records=tuple(r for r in run.records if r.epoch <= reached))
+
+        return alive._of(up_to_it)
 
     def _of(self, chosen: Callable[[RecordedRun], RecordedRun | None]) -> "Experiment":
         series = (
