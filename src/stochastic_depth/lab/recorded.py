@@ -24,6 +24,7 @@ from stochastic_depth.lab.analyses import (
 from stochastic_depth.lab.sweep.folder import Sweep, read_sweep
 from stochastic_depth.train import Record, Run, layout, open_run, reopen, trained_model
 from stochastic_depth.train.build import handle_or_always_open
+from stochastic_depth.train.failures import failure_of
 from stochastic_depth.train.weights import require_weights_of
 
 EXPECTED = (
@@ -49,6 +50,11 @@ class RecordedRun:
         return is_there(self.run.path / layout.FAILED)
 
     @property
+    def failure(self) -> str | None:
+        """The recorded reason why it cannot be trained, or None."""
+        return failure_of(self.run.path)
+
+    @property
     def ended(self) -> bool:
         return self.finished or self.failed
 
@@ -72,16 +78,16 @@ class RecordedSweep:
 
     sweep: Sweep
     runs: tuple[RecordedRun, ...]
+    """The runs of points of its grid that have begun."""
+    others: tuple[str, ...] = ()
+    """The names of folders among the runs that are of no point, such as copies; they are not
+    read."""
 
     @property
     def size(self) -> int:
         """How many points the grid has, each of which will be a run."""
         return len(self.sweep.grid.points())
 
-    """The runs of points of its grid that have begun."""
-    others: tuple[str, ...] = ()
-    """The names of folders among the runs that are of no point, such as copies; they are not
-    read."""
     def finished(self) -> list[RecordedRun]:
         """The runs that figures show."""
         return [run for run in self.runs if run.finished]

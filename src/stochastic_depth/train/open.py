@@ -15,6 +15,7 @@ from stochastic_depth.plain_text import command
 from stochastic_depth.train.build import build_network, require_trainable
 from stochastic_depth.train.checkpoint import as_checkpoint_error
 from stochastic_depth.train.config import Config
+from stochastic_depth.train.failures import failure_of
 from stochastic_depth.train.journal import best_record
 from stochastic_depth.train.run_folder import Run, create_run, open_run, refuse_existing
 from stochastic_depth.train.runtime import Runtime, resolve_runtime, usable_device
@@ -162,6 +163,10 @@ def _newest_and_chosen(run: Run, which: CheckpointName) -> tuple[int, int]:
             "place, or train another run"
         )
     if not evaluated:
+        if failure := failure_of(run.path):
+            raise CheckpointError(
+                f"{run.path} has no evaluated checkpoint, it failed: {failure}. Choose another run"
+            )
         raise CheckpointError(
             f"{run.path} has no evaluated checkpoint yet: resume it by "
             f"{command('train', '--resume', run.path)}"
