@@ -76,7 +76,7 @@ def test_the_headline_is_error_time_and_saving_against_the_expected(experiment):
 
 def test_seconds_of_different_engines_are_not_compared(experiment):
     apart = trained_by(experiment, "compiled")
-    note = "The runs differ in their engine: the seconds are not to be compared."
+    note = "The runs, or parts of them, differ in their engine: the seconds are not to be compared."
     error, time = tiles(apart)
     assert error == tiles(experiment)[0]
     assert time.beside == note

@@ -24,6 +24,7 @@ from stochastic_depth.surgery import summary
 from stochastic_depth.train import Config, Record, SurvivalConfig, best_record
 from stochastic_depth.train.build import apply_survival, build_model
 from stochastic_depth.train.config import ModelConfig
+from stochastic_depth.train.runtime import timing_conditions
 from stochastic_depth.train.schedule_config import ScheduleConfig
 
 
@@ -373,17 +374,16 @@ def _names(stochastic: list[SurvivalConfig]) -> list[str]:
 
 
 def timing_differences(runs: Iterable[RecordedRun]) -> list[str]:
-    """What affects speed and differs between the runs; empty if their seconds can be compared."""
+    """What affects speed and differs, between the runs or between parts of a run that was resumed.
+
+    It is empty if their seconds can be compared.
+    """
     found: dict[str, set[str]] = {}
     for run in runs:
-        machine, runtime = dict(run.description["machine"]), run.run.runtime
-        for name, value in (
-            ("threads", machine.pop("threads", None)),
-            ("machine", machine),
-            ("engine", (runtime.engine, runtime.kernels)),
-            ("precision", runtime.precision),
-        ):
-            found.setdefault(name, set()).add(str(value))
+        began = timing_conditions(run.run.runtime, run.run.machine)
+        for conditions in (began, *(each.elsewhere or {} for each in run.records)):
+            for name, value in conditions.items():
+                found.setdefault(name, set()).add(value)
     return [name for name, values in found.items() if len(values) > 1]
 
 

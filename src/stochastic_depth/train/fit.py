@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -24,7 +25,7 @@ from stochastic_depth.train.failures import (
 )
 from stochastic_depth.train.journal import Record, append_record, best_record, truncate_journal
 from stochastic_depth.train.run_folder import Run, open_run, remove_untrained_on_error
-from stochastic_depth.train.runtime import Runtime
+from stochastic_depth.train.runtime import Runtime, machine, timing_conditions
 from stochastic_depth.train.step import IntervalMetrics, evaluate_parts
 from stochastic_depth.train.train_state import TrainState
 from stochastic_depth.train.weights import read_weights, write_weights
@@ -95,6 +96,9 @@ def fit(
         stack.enter_context(as_engine_error())
         stack.enter_context(as_out_of_memory_error(run, train_state))
         journal, records = _restore(run, train_state, callback)
+        here = on_primary(lambda: _conditions_elsewhere(run))
+        if here or not train_state.metrics.images:  # or a part of the interval was elsewhere
+            train_state.elsewhere = here
         callback.begin(run, train_state)
         stream = _stream(batches, train_state.step)
         while train_state.step < train_state.total_steps or train_state.metrics.images:
@@ -110,7 +114,7 @@ def fit(
                 _save(run, train_state, journal, records)
                 raise Interrupted(run.path, train_state.step, stop() or 0)
             records.append(record)
-            train_state.metrics = IntervalMetrics()
+            train_state.metrics, train_state.elsewhere = IntervalMetrics(), here
             _save(run, train_state, journal, records)
             callback.record(record)
             yield record
@@ -151,6 +155,15 @@ def _restore(run: Run, train_state: TrainState, callback: Callback) -> tuple[str
     return last, on_primary(run.records)
 
 
+def _conditions_elsewhere(run: Run) -> dict[str, str] | None:
+    """The `timing_conditions` here; None if they are those under which the run began."""
+    began = open_run(run.path)
+    runtime = replace(run.runtime, threads=torch.get_num_threads())
+    now = timing_conditions(runtime, machine(runtime))
+    before = {"processes": "1", **timing_conditions(began.runtime, began.machine)}
+    return None if now == before else now
+
+
 def _say_what_differs(run: Run, callback: Callback) -> None:
     """Say which differences to where the run began keep it from ending bit for bit the same."""
     threads = torch.get_num_threads()
@@ -158,6 +171,12 @@ def _say_what_differs(run: Run, callback: Callback) -> None:
         callback.say(
             f"begun with {run.runtime.threads} threads, resumed with {threads}: sums are "
             "rounded differently (set OMP_NUM_THREADS for bitwise identical results)"
+        )
+    processes = run.machine.get("processes", world_size())
+    if processes != world_size():
+        callback.say(
+            f"the number of processes was {processes}, and is {world_size()}: results depend on it "
+            "through batch normalisation, and times of this run are of both"
         )
     began, now = on_primary(lambda: open_run(run.path)).runtime, run.runtime
     if (began.device, began.engine) != (now.device, now.engine):
@@ -254,6 +273,7 @@ def _measure(
         peak_memory=peak,
         block_gradients=metrics.block_means(train_state.blocks),
         active_counts={str(n): count for n, count in enumerate(active) if count},
+        elsewhere=train_state.elsewhere,
     )
 
 

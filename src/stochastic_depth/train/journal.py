@@ -36,7 +36,8 @@ class Record:
     """One interval of training (an epoch, unless `evaluate_every` is set) and its evaluation.
 
     Losses are mean cross-entropies in nats, errors are percent. `seconds`, `images_per_second` and
-    `peak_memory` depend on the machine; all other fields are the same whenever the run is repeated.
+    `peak_memory` depend on the machine, and `elsewhere` on the resumptions; all other fields are
+    the same whenever the run is repeated.
     """
 
     step: int
@@ -74,6 +75,9 @@ class Record:
     active_counts: dict[str, int]
     """In how many steps of the interval n blocks were active, by n as text. With gates for single
     samples, the number of samples; with per-rank gates, the steps of all processes."""
+    elsewhere: dict[str, str] | None = None
+    """The `timing_conditions` of the interval, if they are not those under which the run began: it
+    was resumed by another number of processes, for example."""
 
     @property
     def is_finite(self) -> bool:
@@ -99,7 +103,10 @@ def append_record(path: Path, record: Record, before: str) -> str:
     Raises:
         RunError: when it cannot be written; the journal is then as it was before.
     """
-    values = json.dumps(dataclasses.asdict(record)).encode().removesuffix(b"}")
+    shown = dataclasses.asdict(record)
+    if record.elsewhere is None:  # as nearly always
+        del shown["elsewhere"]
+    values = json.dumps(shown).encode().removesuffix(b"}")
     checksum = _checksum(before, values)
     line = values + f', "sha256": "{checksum}"}}\n'.encode()
     try:

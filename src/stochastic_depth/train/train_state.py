@@ -51,6 +51,8 @@ class TrainState:
         self.optimizer = build_optimizer(config.optimizer, self.model)
         self.step = 0
         self.metrics = IntervalMetrics()
+        self.elsewhere: dict[str, str] | None = None
+        """What `Record.elsewhere` will be at the end of the interval."""
         self.interval = config.evaluate_every or batches.steps_per_epoch
         self._sampled_every = max(1, min(10, self.interval // 5))
 
@@ -140,6 +142,7 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "handle": self.handle.state_dict() if self.handle else None,
             "metrics": self.metrics.state_dict(),
+            "elsewhere": self.elsewhere,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -154,5 +157,5 @@ class TrainState:
             if self.handle is not None:
                 self.handle.load_state_dict(state["handle"])
             self.metrics.load_state_dict(state["metrics"], self.runtime.device)
-        self.step = state["step"]
+        self.step, self.elsewhere = state["step"], state.get("elsewhere")
         self.__dict__.pop("_engine", None)  # it holds the momentum of before
