@@ -24,6 +24,7 @@ from stochastic_depth.train.failures import (
     open_blocks,
 )
 from stochastic_depth.train.journal import Record, append_record, best_record, truncate_journal
+from stochastic_depth.train.open import require_batches_of
 from stochastic_depth.train.run_folder import Run, open_run, remove_untrained_on_error
 from stochastic_depth.train.runtime import Runtime, machine, timing_conditions
 from stochastic_depth.train.step import IntervalMetrics, evaluate_parts
@@ -72,14 +73,14 @@ def fit(
 
     Args:
         run: the folder to write.
-        batches: the data on which the run was created.
+        batches: those that `begin` or `reopen` has returned with the run.
         callback: called after every step and with every record.
         stop: called after every step; when it returns the number of a signal, the run writes a
             checkpoint and stops.
 
     Raises:
         RunError: when another process writes the folder, the folder is removed or cannot be
-            written, or the data is not the data of the run.
+            written, or the batches are not those of the run.
         CheckpointError: when no checkpoint can be trusted, or one cannot be written.
         DataError: when something, such as a picture, cannot be read. If there is neither a record
             nor a checkpoint yet, the folder is removed.
@@ -89,7 +90,7 @@ def fit(
         EngineError: when PyTorch's compiler fails.
         Interrupted: when `stop` has returned a signal; in place of the errors that a signal causes.
     """
-    run.require_data(batches.fingerprint)
+    require_batches_of(run, batches)
     with remove_untrained_on_error([run]), ExitStack() as stack:
         check_lock = stack.enter_context(_writing(run))
         train_state = TrainState(run.config, run.runtime, batches)

@@ -9,6 +9,7 @@ from torch import nn
 from stochastic_depth import data
 from stochastic_depth.choices import CheckpointName
 from stochastic_depth.data import Batches, Shard
+from stochastic_depth.data.sources import SOURCES
 from stochastic_depth.distributed.world import on_primary, rank, world_size
 from stochastic_depth.errors import CheckpointError, ConfigError, DataError, RunError
 from stochastic_depth.plain_text import command
@@ -113,6 +114,30 @@ def open_batches(config: Config, runtime: Runtime) -> Batches:
         workers=config.data.workers,
         shard=Shard(rank(), world_size()),
     )
+
+
+def require_batches_of(run: Run, batches: Batches) -> None:
+    """Refuse batches that are not those of a run, because their data or their settings differ.
+
+    Raises:
+        RunError: naming what differs, and both values.
+    """
+    run.require_data(batches.fingerprint)
+    config, augment = run.config, run.config.data.augment
+    if augment is None:
+        augment = SOURCES[config.data.name].augmented
+    for name, wanted, found in (
+        ("optimizer.batch", config.optimizer.batch, batches.batch),
+        ("seed", config.seed, batches.seed),
+        ("data.augment", augment, batches.augment),
+        ("shape of an image", run.shape, batches.shape),
+        ("shard", Shard(rank(), world_size()), batches.shard),
+    ):
+        if found != wanted:
+            raise RunError(
+                f"the {name} of {run.path} is {wanted}, that of these batches is {found}: give the "
+                "batches that begin or reopen returns with this run"
+            )
 
 
 def trained_model(
