@@ -43,6 +43,11 @@ _ROUNDING = 0.05
 there is a warning."""
 
 
+def _warn_of_rounding(sentence: str) -> None:
+    remedy = 'give scale="training", which divides by the share itself, or larger batches'
+    warnings.warn(f"{sentence}: {remedy}", stacklevel=4)
+
+
 class Passes(Protocol):
     """The forward passes of a model, which `hooks.ForwardHooks` follows."""
 
@@ -109,6 +114,8 @@ class Handle:
         self._seen_for_rounding: tuple[Any, ...] = ()
         """The p_l and the shape of the coins for which `_warn_of_rounding` was called last."""
         self._warned_of_rounding = False
+        self.on_rounding: Callable[[str], None] = _warn_of_rounding
+        """Called once, with a sentence, where evaluation multiplies by another share."""
         self._drawn: int | None = None
         """The step of the last draw, unless `step` was set to a different one since."""
         self._survival: tuple[float, ...] = ()
@@ -302,7 +309,7 @@ class Handle:
         change, share, p, name = max(changes, default=(0.0, 1.0, 1.0, ""))
         if change > _ROUNDING:
             self._warned_of_rounding = True
-            warnings.warn(
+            self.on_rounding(
                 f"block {name!r} runs on {100 * share:.0f} % of the samples, because their number "
                 f"is rounded, but evaluation multiplies its branch by p_l = {p:.3g}: "
                 'give scale="training", which divides by the share itself, or larger batches',

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -25,8 +24,9 @@ from stochastic_depth.train.failures import (
 )
 from stochastic_depth.train.journal import Record, append_record, best_record, truncate_journal
 from stochastic_depth.train.open import require_batches_of
-from stochastic_depth.train.run_folder import Run, open_run, remove_untrained_on_error
-from stochastic_depth.train.runtime import Runtime, machine, timing_conditions
+from stochastic_depth.train.resumption import conditions_elsewhere, say_what_differs
+from stochastic_depth.train.run_folder import Run, remove_untrained_on_error
+from stochastic_depth.train.runtime import Runtime
 from stochastic_depth.train.step import IntervalMetrics, evaluate_parts
 from stochastic_depth.train.train_state import TrainState
 from stochastic_depth.train.weights import read_weights, write_weights
@@ -97,9 +97,10 @@ def fit(
         stack.enter_context(as_engine_error())
         stack.enter_context(as_out_of_memory_error(run, train_state))
         journal, records = _restore(run, train_state, callback)
-        here = on_primary(lambda: _conditions_elsewhere(run))
+        here = on_primary(lambda: conditions_elsewhere(run))
         if here or not train_state.metrics.images:  # or a part of the interval was elsewhere
             train_state.elsewhere = here
+        _say_if_rounded(train_state, callback)
         callback.begin(run, train_state)
         stream = _stream(batches, train_state.step)
         while train_state.step < train_state.total_steps or train_state.metrics.images:
@@ -145,7 +146,7 @@ def _restore(run: Run, train_state: TrainState, callback: Callback) -> tuple[str
     for reason in refused:
         callback.say(f"{reason}; using the one before it")
     if state is not None:
-        _say_what_differs(run, callback)
+        say_what_differs(run, callback.say)
         train_state.load_state_dict(state)
         with as_checkpoint_error(state["step"]):
             last = state["journal"]
@@ -156,34 +157,12 @@ def _restore(run: Run, train_state: TrainState, callback: Callback) -> tuple[str
     return last, on_primary(run.records)
 
 
-def _conditions_elsewhere(run: Run) -> dict[str, str] | None:
-    """The `timing_conditions` here; None if they are those under which the run began."""
-    began = open_run(run.path)
-    runtime = replace(run.runtime, threads=torch.get_num_threads())
-    now = timing_conditions(runtime, machine(runtime))
-    before = {"processes": "1", **timing_conditions(began.runtime, began.machine)}
-    return None if now == before else now
-
-
-def _say_what_differs(run: Run, callback: Callback) -> None:
-    """Say which differences to where the run began keep it from ending bit for bit the same."""
-    threads = torch.get_num_threads()
-    if not run.runtime.on_gpu and threads != run.runtime.threads:
-        callback.say(
-            f"begun with {run.runtime.threads} threads, resumed with {threads}: sums are "
-            "rounded differently (set OMP_NUM_THREADS for bitwise identical results)"
-        )
-    processes = run.machine.get("processes", world_size())
-    if processes != world_size():
-        callback.say(
-            f"the number of processes was {processes}, and is {world_size()}: results depend on it "
-            "through batch normalisation, and times of this run are of both"
-        )
-    began, now = on_primary(lambda: open_run(run.path)).runtime, run.runtime
-    if (began.device, began.engine) != (now.device, now.engine):
-        callback.say(
-            f"begun on {began.device} by {began.engine}, resumed on {now.device} by "
-            f"{now.engine}: sums are rounded differently, and times of this run are of both"
+def _say_if_rounded(train_state: TrainState, callback: Callback) -> None:
+    """Let `callback` say what the gates would warn of, with the options of the command line."""
+    if train_state.handle is not None:
+        train_state.handle.on_rounding = lambda sentence: callback.say(
+            f"{sentence}: begin a run with --survival.scale training, which divides by the share "
+            "itself, or with a larger --optimizer.batch"
         )
 
 
