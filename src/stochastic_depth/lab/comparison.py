@@ -185,7 +185,7 @@ def _to_json(experiment: Experiment, runs: dict[str, list[Run]]) -> bytes:
             "constant": asdict(constant.outcome),
             "stochastic": asdict(stochastic.outcome),
             "blocks": len(cost.survival),
-            "expected_active_blocks": sum(cost.survival),
+            "expected_active_blocks": stochastic.expected_active_blocks,
             "saving_measured": experiment.time_saved(stochastic),
             "saving_expected": cost.saving,
         },

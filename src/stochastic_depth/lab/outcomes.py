@@ -191,6 +191,17 @@ class Series:
         config = replace(run.config, survival=self.survival)
         return expected_cost(config, run.shape, len(run.classes), steps_per_epoch, records[-1].step)
 
+    @property
+    def expected_active_blocks(self) -> float:
+        """The mean over the seeds, and over the training steps that were taken."""
+        return statistics.fmean(
+            statistics.fmean(
+                (record.expected_active_blocks for record in run.records),
+                interval_steps(run.records),
+            )
+            for run in self.runs
+        )
+
     @cached_property
     def outcome(self) -> Outcome:
         """Results over the seeds."""

@@ -55,7 +55,8 @@ class Record:
     active_blocks: float
     """How many blocks ran, averaged over the steps of the interval (or over its samples)."""
     expected_active_blocks: float
-    """The sum of p_l, averaged over the steps of the interval."""
+    """The sum of p_l, averaged over the steps of the interval (or over its samples). Where a block
+    runs on a rounded share of the samples, that share counts in place of p_l."""
     gradient_norm: float
     """The L2 norm of the gradient at the first convolution, averaged over the steps of the
     interval."""

@@ -101,11 +101,16 @@ class TrainState:
         return all_reduce_sum(counts) if self.config.distributed.rank_gates else counts
 
     def expected_active_blocks(self) -> float:
-        """The sum of p_l, averaged over the steps of the current interval."""
+        """The expectation of the mean of `active_counts` in the current interval."""
         if self.handle is None:
             return float(self.blocks)
         steps = range(self.interval_start, self.step)
-        return fmean(fsum(self.handle.survival_at(step)) for step in steps)
+        images = [self.images_of(step) for step in steps]
+        expected = [
+            fsum(self.handle.shares_at(step, batch))
+            for step, batch in zip(steps, images, strict=True)
+        ]
+        return fmean(expected, None if self.handle.gate == "batch" else images)
 
     def images_of(self, step: int) -> int:
         """The number of images in the mini-batch of a step, over all processes."""
