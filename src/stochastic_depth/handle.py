@@ -291,7 +291,8 @@ class Handle:
 
         Args:
             batch: the number of samples of all processes together.
-            samples, first: how many of them to look at, and the first one; all when not given.
+            samples: how many of them to look at; all when not given.
+            first: the first one of these.
 
         Examples:
             >>> handle = sd.apply(sd.models.CifarResNet(8), gate="subset", balance=True)
