@@ -43,6 +43,11 @@ _ROUNDING = 0.05
 there is a warning."""
 
 
+def _warn_of_rounding(sentence: str) -> None:
+    remedy = 'give scale="training", which divides by the share itself, or larger batches'
+    warnings.warn(f"{sentence}: {remedy}", stacklevel=4)
+
+
 class Passes(Protocol):
     """The forward passes of a model, which `hooks.ForwardHooks` follows."""
 
@@ -109,6 +114,8 @@ class Handle:
         self._seen_for_rounding: tuple[Any, ...] = ()
         """The p_l and the shape of the coins for which `_warn_of_rounding` was called last."""
         self._warned_of_rounding = False
+        self.on_rounding: Callable[[str], None] = _warn_of_rounding
+        """Called once, with a sentence, where evaluation multiplies by another share."""
         self._drawn: int | None = None
         """The step of the last draw, unless `step` was set to a different one since."""
         self._survival: tuple[float, ...] = ()
@@ -269,12 +276,39 @@ class Handle:
 
         It is p_l; but balanced gates open a rounded share, and a smallest subset opens more.
         """
-        settings = self.settings
-        rounds = settings.balance or settings.min_samples > 0
-        if coins.ndim == 1 or self.gate == "batch" or not rounds:
+        if coins.ndim == 1:
             return self._survival
         samples = coins.shape[1]
-        first, whole = self.rank_samples or (0, samples)
+        return self._open_shares(self._survival, samples, *(self.rank_samples or (0, samples)))
+
+    def shares_at(
+        self, step: int, batch: int, samples: int | None = None, first: int = 0
+    ) -> tuple[float, ...]:
+        """The share of the samples on which each block is expected to run in a training step.
+
+        It is p_l, unless the number of samples is rounded, as it is by balanced gates for single
+        samples, or has a minimum.
+
+        Args:
+            batch: the number of samples of all processes together.
+            samples: how many of them to look at; all when not given.
+            first: the first one of these.
+
+        Examples:
+            >>> handle = sd.apply(sd.models.CifarResNet(8), gate="subset", balance=True)
+            >>> handle.survival[-1], handle.shares_at(0, batch=9)[-1] == 4 / 9
+            (0.5, True)
+        """
+        looked_at = batch if samples is None else samples
+        return tuple(self._open_shares(self.survival_at(step), looked_at, first, batch))
+
+    def _open_shares(
+        self, survival: Sequence[float], samples: int, first: int, whole: int
+    ) -> Sequence[float]:
+        settings = self.settings
+        rounds = settings.balance or settings.min_samples > 0
+        if self.gate == "batch" or not rounds:
+            return survival
         return [
             open_share(
                 p,
@@ -286,7 +320,7 @@ class Handle:
                 multiple_of=settings.multiple_of,
                 parts=self.balanced_parts,
             )
-            for p in self._survival
+            for p in survival
         ]
 
     def _warn_of_rounding(self, coins: Tensor) -> None:
@@ -302,11 +336,9 @@ class Handle:
         change, share, p, name = max(changes, default=(0.0, 1.0, 1.0, ""))
         if change > _ROUNDING:
             self._warned_of_rounding = True
-            warnings.warn(
+            self.on_rounding(
                 f"block {name!r} runs on {100 * share:.0f} % of the samples, because their number "
-                f"is rounded, but evaluation multiplies its branch by p_l = {p:.3g}: "
-                'give scale="training", which divides by the share itself, or larger batches',
-                stacklevel=2,
+                f"is rounded, but evaluation multiplies its branch by p_l = {p:.3g}"
             )
 
     def gates_at(self, step: int, batch: int | None = None) -> Tensor:

@@ -194,6 +194,14 @@ def test_a_run_that_has_measured_nothing_is_told_with_what_to_do(runs, capsys, t
     error = refused(capsys, "gradients", runs / "constant-seed0", "run")
     assert "run has measured nothing yet, its journal is empty: resume it by " in error
     assert error.endswith("train --resume run\n")
+    (tmp_path / "run" / "failed.txt").write_text("the loss is not finite at step 3\n")
+    for question in ("active", "ensemble"):
+        error = refused(capsys, question, "run")
+        assert "run has measured nothing, it failed: the loss is not finite at step 3." in error
+        assert error.endswith("Leave this run out\n")
+    assert main(["eval", "run"]) == 1
+    error = capsys.readouterr().err
+    assert "run has no evaluated checkpoint, it failed: the loss is not finite at step 3" in error
 
 
 def test_runs_of_different_networks_are_told_apart(runs, capsys):

@@ -396,3 +396,18 @@ def test_compare_refuses_an_option_without_effect(capsys):
 def test_an_empty_name_is_not_the_current_folder(arguments, capsys):
     assert main(arguments) == 2
     assert "the name is empty" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_share_that_is_rounded_is_told_as_other_notes_are(tmp_path, capsys):
+    options = "--model.depth 8 --data.train 104 --epochs 1 --optimizer.batch 9 --survival.final 0.3"
+    options += " --survival.gate subset --survival.balance"
+    assert main(["train", "digits", *options.split(), "--run", "run"]) == 0
+    shown = capsys.readouterr()
+    note = "runs on 33 % of the samples, because their number is rounded, but evaluation multiplies"
+    (line,) = (line for line in shown.out.splitlines() if note in line)
+    assert "p_l = 0.3: begin a run with --survival.scale training, which divides by the" in line
+    assert main(["train", "digits", *options.split(), "--run", "quiet", "--quiet"]) == 0
+    assert shown.err == "".join(capsys.readouterr()) == ""
+    dividing = ["--survival.scale", "training", "--run", "dividing"]
+    assert main(["train", "digits", *options.split(), *dividing]) == 0
+    assert note not in capsys.readouterr().out

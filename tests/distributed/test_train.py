@@ -129,7 +129,9 @@ def test_a_run_of_two_is_gone_on_with_by_one(together, alone, folder):
     run = open_run(path)
     newest, *_ = run.checkpoints.steps()
     run.checkpoints.path(newest).unlink()
-    assert len(list(fit(*reopen(path), RunView("", print)))) == 1
+    (record,) = fit(*reopen(path), RunView("", print))
+    assert (run.machine["processes"], record.elsewhere["processes"]) == (2, "1")
+    assert run.records()[-1] == record
     assert_close(path, alone)
 
 
@@ -139,7 +141,12 @@ def test_a_run_of_one_is_gone_on_with_by_two(alone, folder, group):
     for _ in range(2):
         next(records)
     records.close()
-    assert "resuming at step 8 of 20" in group("--resume", run.path).finish()
+    output = group("--resume", run.path).finish()
+    assert "resuming at step 8 of 20" in output
+    assert "the number of processes was 1, and is 2: results depend on it" in output
+    elsewhere = [record.elsewhere for record in run.records()]
+    assert elsewhere[:2] == [None, None]
+    assert {conditions["processes"] for conditions in elsewhere[2:]} == {"2"}
     assert_close(run.path, alone)
 
 

@@ -105,12 +105,12 @@ def survival_sweep(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def depth_sweep(tmp_path_factory) -> Path:
-    """Two depths at two p_L; one of the names is hostile."""
+    """Two depths at two p_L, and a copy of a run with a hostile name."""
     folder = _swept(
         tmp_path_factory.mktemp("depth"), "depth", Grid(("linear",), (0.5, 1.0), (8, 14), (0,))
     )
     runs = folder / "runs"
-    (runs / "linear-0.5-depth8-seed0").rename(runs / HOSTILE.replace("/", ""))
+    shutil.copytree(runs / "linear-0.5-depth8-seed0", runs / HOSTILE.replace("/", ""))
     return folder
 
 

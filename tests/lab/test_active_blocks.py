@@ -14,9 +14,16 @@ from stochastic_depth.lab.active_blocks import ActiveBlocks, active_blocks, acti
 from stochastic_depth.lab.recorded import read_run
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.survival import survival_probabilities
-from stochastic_depth.train import ModelConfig, SurvivalConfig, begin, fit
+from stochastic_depth.train import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SurvivalConfig,
+    begin,
+    fit,
+)
 from stochastic_depth.train.schedule_config import ScheduleConfig
-from support.runs import SILENT
+from support.runs import SILENT, edit_description
 
 PROBABILITIES = st.lists(st.floats(0.01, 1), min_size=1, max_size=7)
 
@@ -66,9 +73,14 @@ def test_the_test_of_fit_is_pearsons_and_tells_other_coins_apart():
     assert found == pytest.approx(stats.chisquare([9, 21], [5, 25]).pvalue)
 
 
-def run_of(path, silent, survival, epochs=3):
+def run_of(path, silent, survival, epochs=3, batch=128, train=None):
     config = dataclasses.replace(
-        RECIPES["digits"](), model=ModelConfig(depth=8), survival=survival, epochs=epochs
+        RECIPES["digits"](),
+        data=DataConfig(train=train),
+        model=ModelConfig(depth=8),
+        survival=survival,
+        optimizer=OptimizerConfig(batch=batch),
+        epochs=epochs,
     )
     run, images = begin(config, path)
     list(fit(run, images, silent))
@@ -87,6 +99,33 @@ def test_under_a_schedule_the_distribution_is_the_mean_over_the_steps(tmp_path):
     np.testing.assert_allclose(found.expected, np.mean(rows, 0), rtol=1e-9, atol=1e-12)
     assert sum(found.counts) == 30
     assert found.p_value() > 1e-3
+
+
+def rounded(p, samples):
+    """The share that a balanced gate opens, of all samples or of the parts of processes."""
+    return max(1, round(p * samples)) / samples
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("gate", "processes"), [("subset", 1), ("sample", 1), ("subset", 2)])
+def test_balanced_gates_for_samples_open_rounded_shares(tmp_path, gate, processes):
+    """Of 9 of 104 images each, and 5 in the last mini-batch; p_l is 0.77, 0.53 and 0.3."""
+    survival = SurvivalConfig(final=0.3, gate=gate, balance=True)
+    run = run_of(tmp_path / "run", SILENT, survival, epochs=8, batch=9, train=104)
+    records = run.records()
+    if processes == 2:
+        edit_description(run.path, lambda described: described["machine"].update(processes=2))
+    found = active_blocks([read_run(run.path)])
+    assert sum(found.counts) == 8 * 104
+    parts = {1: [9] * 11 + [5], 2: [4, 5] * 11 + [2, 3]}[processes]
+    rates = [[rounded(1 - 0.7 * block / 3, samples) for block in (1, 2, 3)] for samples in parts]
+    chances = [stats.poisson_binom(rate).pmf(range(4)) for rate in rates]
+    expected = np.average(chances, axis=0, weights=parts)
+    np.testing.assert_allclose(found.expected, expected, rtol=1e-9, atol=1e-12)
+    if processes == 1:
+        assert found.p_value() > 1e-3
+        mean = np.average(np.sum(rates, 1), weights=parts)
+        assert [r.expected_active_blocks for r in records] == pytest.approx([mean] * 8)
 
 
 def test_the_steps_of_several_runs_are_counted_together(tmp_path):

@@ -5,10 +5,18 @@ from dataclasses import replace
 
 import pytest
 
-from stochastic_depth.lab.outcomes import RunOutcome, distinct, experiments, interval_steps
+from stochastic_depth.lab.formatting import timing_note
+from stochastic_depth.lab.outcomes import (
+    RunOutcome,
+    distinct,
+    experiments,
+    interval_steps,
+    timing_differences,
+)
 from stochastic_depth.lab.recorded import read_run
 from stochastic_depth.lab.training_curves import training_time
 from stochastic_depth.train import layout
+from stochastic_depth.train.runtime import timing_conditions
 from stochastic_depth.train.schedule_config import ScheduleConfig
 from support.runs import edit_description
 
@@ -60,6 +68,40 @@ def test_under_a_schedule_every_series_is_averaged_over_all_steps(experiment):
     figure = training_time(experiment)
     assert figure.sentence.startswith("The mean epoch takes")
     assert "Bars: their mean." in figure.note
+
+
+def described(path, edit):
+    """The run at `path`, after a change of its description."""
+    edit_description(path, edit)
+    return read_run(path)
+
+
+def test_runs_of_another_number_of_processes_are_not_compared_in_time(experiment, tmp_path):
+    constant, stochastic = experiment.series
+    path = tmp_path / "two"
+    shutil.copytree(stochastic.runs[0].run.path, path)
+    two = described(path, lambda d: d["machine"].update(processes=2))
+    assert timing_differences([*constant.runs, two]) == ["processes"]
+    note = "The runs, or parts of them, differ in their processes: the seconds are not to be"
+    assert timing_note([*constant.runs, two]).startswith(note)
+    by_two = replace(experiment, series=(constant, replace(stochastic, runs=(two,))))
+    assert by_two.time_saved(by_two.series[1]) is None
+    older = described(path, lambda d: d["machine"].pop("processes"))
+    assert timing_differences([*constant.runs, older]) == []  # it is not known
+
+
+def test_a_run_that_was_resumed_otherwise_is_not_compared_in_time(experiment):
+    constant, stochastic = experiment.series
+    (run, *_) = stochastic.runs
+    began = timing_conditions(run.run.runtime, run.run.machine)
+    others = {"threads": "7", "processes": "2", "engine": "compiled, reference kernels"}
+    for name, value in others.items():
+        last = replace(run.records[-1], elsewhere={**began, name: value})
+        resumed = replace(run, records=(*run.records[:-1], last))
+        assert timing_differences([resumed]) == [name]
+        apart = replace(experiment, series=(constant, replace(stochastic, runs=(resumed,))))
+        assert apart.time_saved(apart.series[1]) is None
+    assert timing_differences([run]) == []
 
 
 def test_active_blocks_are_averaged_over_steps(experiment):

@@ -1,13 +1,18 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from stochastic_depth.errors import RunError
 from stochastic_depth.lab.recorded import read_run, read_sources
+from stochastic_depth.lab.report import build_report
 from stochastic_depth.lab.sweep.folder import read_sweep
 from stochastic_depth.lab.sweep.progress import sweep_table
+from stochastic_depth.recipes import RECIPES
+from stochastic_depth.train import ModelConfig, begin, fit
+from support.runs import SILENT
 
 
 def test_runs_folders_of_them_sweeps_and_benchmarks_are_told_apart(
@@ -37,6 +42,53 @@ def test_a_sweep_is_under_way_until_every_point_is_finished_or_failed(survival_s
     assert not read_sources([folder]).under_way
     shutil.rmtree(run)
     assert read_sources([folder]).under_way
+
+
+def test_folders_that_are_of_no_point_are_named_and_not_counted(survival_sweep, tmp_path):
+    """A backup would be a further seed, and a run of another length may be no better than noise."""
+    folder = tmp_path / "sweep"
+    shutil.copytree(survival_sweep, folder)
+    runs = folder / "runs"
+    shutil.copytree(runs / "linear-0.5-depth14-seed0", runs / "linear-0.5-depth14-seed0.backup")
+    longer, images = begin(
+        replace(RECIPES["digits"](), model=ModelConfig(depth=8), epochs=2), runs / "longer"
+    )
+    list(fit(longer, images, SILENT))
+    (runs / "notes").mkdir()
+    (runs / "plan.txt").write_text("five seeds")
+    (sweep,) = read_sources([folder]).sweeps
+    assert sweep.others == ("linear-0.5-depth14-seed0.backup", "longer", "notes")
+    (section,) = build_report(read_sources([folder])).sections
+    assert f"{folder}: 5 of 5 runs finished. Left out" in section.sentence
+    assert section.sentence.endswith(": linear-0.5-depth14-seed0.backup, longer, notes.")
+    (alone,) = build_report(read_sources([survival_sweep])).sections
+    assert section.figures == alone.figures
+    assert section.runs == alone.runs
+    shutil.rmtree(runs / "uniform-0.5-depth14-seed0")
+    (sweep,) = read_sources([folder]).sweeps
+    assert sweep.under_way
+
+
+def test_a_finished_run_that_has_lost_its_description_is_named_with_a_remedy(
+    survival_sweep, compared, tmp_path
+):
+    shutil.copytree(survival_sweep, tmp_path / "sweep")
+    shutil.copytree(compared, tmp_path / "compared")
+    point = tmp_path / "sweep" / "runs" / "uniform-0.5-depth14-seed0"
+    alone = tmp_path / "compared" / "constant-seed0"
+    for run in (point, alone):
+        (run / "config.json").unlink()
+    for run, read in (
+        (point, lambda: read_sources([tmp_path / "sweep"])),
+        (point, lambda: sweep_table(read_sweep(tmp_path / "sweep"))),
+        (alone, lambda: read_sources([tmp_path / "compared"])),
+        (alone, lambda: read_run(alone)),
+    ):
+        with pytest.raises(RunError, match=f"{run} has lost its config.json: put a copy in its"):
+            read()
+    shutil.rmtree(point)
+    (sweep,) = read_sources([tmp_path / "sweep"]).sweeps
+    assert (len(sweep.runs), sweep.under_way) == (4, True)
 
 
 def test_a_run_named_twice_counts_once(compared):

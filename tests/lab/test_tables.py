@@ -76,7 +76,7 @@ def test_the_headline_is_error_time_and_saving_against_the_expected(experiment):
 
 def test_seconds_of_different_engines_are_not_compared(experiment):
     apart = trained_by(experiment, "compiled")
-    note = "The runs differ in their engine: the seconds are not to be compared."
+    note = "The runs, or parts of them, differ in their engine: the seconds are not to be compared."
     error, time = tiles(apart)
     assert error == tiles(experiment)[0]
     assert time.beside == note
@@ -105,6 +105,21 @@ def test_runs_under_way_are_compared_at_equal_epochs(experiment):
     )
     assert {len(run.records) for run in ahead.comparable().runs} == {2}
     assert len(ahead.comparable().series[1].runs) == 1
+
+
+def test_a_seed_that_has_just_begun_does_not_take_the_comparison_back(experiment):
+    """Two epochs are compared, of the one seed of each kind that has reached the second."""
+    constant, stochastic = experiment.series
+
+    def one_behind(series):
+        first, second = (replace(run, finished=False) for run in series.runs)
+        return replace(series, runs=(replace(first, records=first.records[:1]), second))
+
+    under_way = replace(stochastic, runs=tuple(replace(r, finished=False) for r in stochastic.runs))
+    now = replace(experiment, series=(one_behind(constant), under_way)).comparable()
+    assert [len(series.runs) for series in now.series] == [1, 2]
+    assert {run.records[-1].epoch for run in now.runs} == {2}
+    assert now.constant.runs[0].name == constant.runs[1].name
 
 
 def test_runs_under_way_are_marked_in_the_overview(experiment):

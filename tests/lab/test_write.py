@@ -123,6 +123,17 @@ def test_a_run_without_a_record_is_said_to_have_begun(tmp_path, compared):
     assert "0 of 2 epochs" in out.read_text()
 
 
+def test_a_run_that_failed_before_its_first_record_is_told_to_have_failed(tmp_path, compared):
+    run, why = tmp_path / "diverged", "the loss is not finite at step 3"
+    run.mkdir()
+    (run / "config.json").write_bytes((compared / "constant-seed0" / "config.json").read_bytes())
+    (run / "failed.txt").write_text(f"{why}\n")
+    (section,) = build_report(read_sources([run])).sections
+    assert section.title == "Runs that have failed"
+    assert section.sentence == f"Failed before the first record: {run} ({why})."
+    assert not section.figures
+
+
 def test_a_watched_report_is_written_anew_until_every_run_is_finished(tmp_path):
     config = replace(RECIPES["digits"](), model=ModelConfig(depth=8), epochs=2)
     run, images = begin(config, tmp_path / "runs" / "one")

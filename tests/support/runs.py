@@ -22,7 +22,8 @@ from stochastic_depth.train.journal import append_record
 from stochastic_depth.train.run_folder import checksum
 
 SILENT = Silent()
-CLOCK = {"seconds", "images_per_second", "peak_memory"}
+CLOCK = {"seconds", "images_per_second", "peak_memory", "elsewhere"}
+"""The fields of a record that are not the same whenever a run is repeated."""
 STATE = {"run": "a", "step": 7, "weights": torch.arange(50.0), "nested": [1, {"x": None}]}
 """What a checkpoint holds."""
 

@@ -1,4 +1,5 @@
 import math
+import re
 import shlex
 import shutil
 from dataclasses import replace
@@ -30,6 +31,7 @@ from stochastic_depth.train.schedule_config import ScheduleConfig
 from stochastic_depth.train.step import evaluate
 from stochastic_depth.train.train_state import TrainState
 from stochastic_depth.train.weights import write_weights
+from support.data_sets import write_pictures
 from support.runs import (
     assert_same_end,
     edit_description,
@@ -204,6 +206,35 @@ def test_other_data_than_the_run_began_on_is_refused(small, path, silent):
     run, _ = begin(small, path)
     _, other = begin(replace(small, data=DataConfig(train=500)), path.parent / "other")
     with pytest.raises(RunError, match=r"data with fingerprint \w{12}, this data has \w{12}:"):
+        next(fit(run, other, silent))
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        ({"optimizer": OptimizerConfig(batch=16)}, "optimizer.batch of .* is 32, .* is 16"),
+        ({"seed": 7}, "seed of .* is 0, .* is 7"),
+        ({"data": DataConfig(train=320, augment=True)}, "data.augment of .* is False, .* is True"),
+    ],
+)
+def test_batches_of_another_configuration_are_refused(small, path, change, shown, silent):
+    run, _ = begin(small, path)
+    _, other = begin(replace(small, **change), path.parent / "other")
+    remedy = "of these batches .*: give the batches that begin or reopen returns with this run"
+    with pytest.raises(RunError, match=shown) as refused:
+        next(fit(run, other, silent))
+    assert re.search(remedy, str(refused.value))
+    assert run.records() == []
+
+
+def test_pictures_of_another_size_are_refused(small, path, silent):
+    write_pictures(path.parent / "mine")
+    data = DataConfig("folder", path.parent / "mine", size=16, workers=0)
+    config = replace(small, data=data, optimizer=OptimizerConfig(batch=8))
+    run, _ = begin(config, path)
+    _, other = begin(replace(config, data=replace(data, size=8)), path.parent / "other")
+    shown = r"shape of an image of .* is \(3, 16, 16\), that of these batches is \(3, 8, 8\)"
+    with pytest.raises(RunError, match=shown):
         next(fit(run, other, silent))
 
 

@@ -387,6 +387,19 @@ def _(runs):
     runs.ends_as_if_nothing_had_happened()
 
 
+@row("`has lost its config.json`")
+def _(runs):
+    config = runs.stopped() / "config.json"
+    original = config.read_bytes()
+    config.unlink()
+    assert "run has lost its config.json: put a copy in its place; or remove" in runs.refused()
+    assert main(["train", "--resume", str(runs.path)]) == 1
+    assert "run has lost its config.json: put a copy in its" in runs.capsys.readouterr().err
+    config.write_bytes(original)
+    runs.resume()
+    runs.ends_as_if_nothing_had_happened()
+
+
 @row("`model.safetensors belongs to another run`")
 def _(runs):
     weights = runs.ended() / "model.safetensors"

@@ -11,7 +11,7 @@ from stochastic_depth.cli import main
 from stochastic_depth.errors import ConfigError
 from stochastic_depth.train import Config, begin, fit, open_run, reopen
 from stochastic_depth.train.runtime import machine, resolve_runtime, versions
-from support.runs import edit_description
+from support.runs import edit_description, stop_after
 
 
 def test_auto_takes_a_gpu_if_there_is_one():
@@ -84,6 +84,28 @@ def test_a_run_says_that_it_goes_on_by_another_device(elsewhere, silent, monkeyp
     monkeypatch.setattr(silent, "say", said.append)
     list(fit(*reopen(elsewhere, device="cpu"), silent))
     assert [line for line in said if line.startswith("begun on cuda:99 by")]
+
+
+def test_what_times_depend_on_is_recorded_where_a_resumption_changes_it(small, path, silent):
+    """Also for the interval in the middle of which the change was, whoever ends it."""
+    run, images = begin(small, path)
+    threads = torch.get_num_threads()
+    stop_after(small.evaluate_every + 1, run, images)
+    torch.set_num_threads(threads + 1)
+    stop_after(small.evaluate_every + 2, *reopen(path))
+    torch.set_num_threads(threads)
+    list(fit(*reopen(path), silent))
+    first, second, third, *_ = run.records()
+    assert second.elsewhere is not None
+    assert second.elsewhere["threads"] == str(threads + 1)
+    assert (first.elsewhere, third.elsewhere) == (None, None)
+
+
+def test_a_run_from_before_processes_were_counted_is_resumed(small, path, silent):
+    run, images = begin(small, path)
+    stop_after(1, run, images)
+    edit_description(path, lambda described: described["machine"].pop("processes"))
+    assert all(record.elsewhere is None for record in fit(*reopen(path), silent))
 
 
 def test_a_run_goes_on_by_another_device_in_the_precision_it_began_with(elsewhere):

@@ -49,6 +49,10 @@ class Question:
         for run in runs:
             if not run.records:
                 path = run.run.path
+                if run.failed:
+                    raise RunError(
+                        f"{path} has measured nothing, it failed: {run.failure}. Leave this run out"
+                    )
                 raise RunError(
                     f"{path} has measured nothing yet, its journal is empty: resume it by "
                     + command("train", "--resume", path)

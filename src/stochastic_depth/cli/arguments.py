@@ -14,8 +14,8 @@ from stochastic_depth.cli.help import READING, show_choices, wrap_text
 from stochastic_depth.errors import ConfigError, RunError
 from stochastic_depth.plain_text import escaped
 from stochastic_depth.recipes import RECIPES, describe_recipe
+from stochastic_depth.train import layout
 from stochastic_depth.train.config import Config
-from stochastic_depth.train.layout import CONFIG
 
 Arguments = TypeVar("Arguments")
 Name = TypeVar("Name", bound=str)
@@ -169,7 +169,9 @@ def require_run(path: Path) -> None:
     Raises:
         RunError: naming the file that is missing.
     """
-    if not (path / CONFIG).exists():
-        within = sorted(str(described.parent) for described in path.glob(f"*/{CONFIG}"))
+    if layout.has_lost_config(path):
+        raise layout.lost_config(path)
+    if not (path / layout.CONFIG).exists():
+        within = sorted(str(described.parent) for described in path.glob(f"*/{layout.CONFIG}"))
         remedy = f"; the runs in it are {', '.join(within)}" if within else ""
-        raise RunError(f"{path} is not a run folder: {path / CONFIG} cannot be read{remedy}")
+        raise RunError(f"{path} is not a run folder: {path / layout.CONFIG} cannot be read{remedy}")

@@ -45,7 +45,11 @@ class Batches(Protocol):
         sizes: the number of images in `train`, `validation` and `test`.
         held_out: whether validation images were held out of the training images. If not, the test
             images are used for validation.
+        batch: the number of images in a batch of training, of all processes together.
         steps_per_epoch: the number of batches in an epoch.
+        seed: chooses their order and their augmentation.
+        augment: whether training images are randomly cropped and flipped.
+        shard: the part of each batch that this process gets.
         mean, std: float32 [channels], by which images are normalised.
         shorter_side: the length in pixels to which the shorter side of a picture is scaled before
             its middle is cut out.
@@ -65,7 +69,15 @@ class Batches(Protocol):
     @property
     def held_out(self) -> bool: ...
     @property
+    def batch(self) -> int: ...
+    @property
     def steps_per_epoch(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def augment(self) -> bool: ...
+    @property
+    def shard(self) -> Shard: ...
     @property
     def mean(self) -> Tensor: ...
     @property

@@ -96,6 +96,7 @@ class FolderBatches:
         self.held_out = validation > 0
         self.steps_per_epoch = steps(self.sizes["train"], batch)
         self.batch = batch
+        self.augment = augment
         self.seed = seed
         self.workers = workers
         self.shard = shard

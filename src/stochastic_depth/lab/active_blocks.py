@@ -1,13 +1,18 @@
 """How many blocks are active: the exact distribution, and the counts of a run."""
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
+from stochastic_depth.data import Shard
+from stochastic_depth.handle import Handle
+from stochastic_depth.lab.outcomes import interval_steps
 from stochastic_depth.lab.recorded import RecordedRun
 from stochastic_depth.residual import Residual
 from stochastic_depth.train.build import apply_survival, build_model
@@ -90,17 +95,19 @@ def active_blocks(runs: Sequence[RecordedRun]) -> ActiveBlocks:
     Args:
         runs: at least one. They have records, and differ only in their seed.
     """
-    survival_at, blocks = _survival_of(runs[0])
+    handle, blocks = _gates_of(runs[0])
     counts = [0] * (blocks + 1)
     weights: defaultdict[tuple[float, ...], float] = defaultdict(float)
     for run in runs:
         for record in run.records:
             for active, steps in record.active_counts.items():
                 counts[int(active)] += steps
-        taken = run.records[-1].step
-        shown = min(taken, STEPS)
-        for number in range(shown):  # evenly spread
-            weights[survival_at((2 * number + 1) * taken // (2 * shown))] += taken / shown
+        drawn = _mini_batches(run)
+        shown = min(len(drawn), STEPS)
+        for first, end in pairwise(number * len(drawn) // shown for number in range(shown + 1)):
+            for mini_batch, steps in Counter(drawn[first:end]).items():
+                for survival, weight in _rates_at((first + end) // 2, mini_batch, handle, blocks):
+                    weights[survival] += steps * weight
     survival = runs[0].run.config.survival
     balanced = survival.balance and survival.gate == "batch"
     distribution = balanced_distribution if balanced else active_distribution
@@ -109,17 +116,70 @@ def active_blocks(runs: Sequence[RecordedRun]) -> ActiveBlocks:
     return ActiveBlocks(counts, (shares @ distributions / shares.sum()).tolist())
 
 
-def _survival_of(recorded: RecordedRun) -> tuple[Callable[[int], tuple[float, ...]], int]:
-    """(p_1, ..., p_L) as a function of the step, and L."""
+def _gates_of(recorded: RecordedRun) -> tuple[Handle | None, int]:
+    """The handle of a run's network, None at constant depth; and L."""
     run, last = recorded.run, recorded.records[-1]
     with torch.device("meta"):
         model = build_model(run.config.model, run.shape[0], len(run.classes), run.config.seed)
     steps = round(run.config.epochs * last.step / last.epoch)
     handle = apply_survival(model, run.config.survival, 0, steps)
+    return handle, sum(isinstance(m, Residual) for m in model.modules())
+
+
+class MiniBatch(NamedTuple):
+    """The size of a mini-batch whose samples have gates of their own."""
+
+    images: int
+    processes: int
+    """How many processes share the images; each balances its own part."""
+
+
+def _mini_batches(recorded: RecordedRun) -> list[MiniBatch | None]:
+    """The mini-batch of each step that was taken; None where its gates are for all samples.
+
+    The last one of an epoch is often smaller; how much is known from how many samples were counted.
+    """
+    config, records = recorded.run.config, recorded.records
+    step = records[-1].step
+    if config.survival.rule == "constant" or config.survival.gate == "batch":
+        return [None] * step
+    began = int(recorded.run.machine.get("processes", 1))
+    processes: list[int] = []
+    counted = 0
+    for record, steps in zip(records, interval_steps(records), strict=True):
+        here = int((record.elsewhere or {}).get("processes", began))
+        processes += [here] * steps
+        counted += sum(record.active_counts.values()) // (
+            here if config.distributed.rank_gates else 1
+        )
+    batch, per_epoch = config.optimizer.batch, round(step / records[-1].epoch)
+    epochs, rest = divmod(step, per_epoch)
+    last = batch
+    if epochs:
+        last = (counted - rest * batch) // epochs - (per_epoch - 1) * batch
+    return [
+        MiniBatch(max(1, last) if n % per_epoch == 0 else batch, here)
+        for n, here in enumerate(processes, start=1)
+    ]
+
+
+def _rates_at(
+    step: int, mini_batch: MiniBatch | None, handle: Handle | None, blocks: int
+) -> Iterator[tuple[tuple[float, ...], int]]:
+    """The shares of samples on which the blocks run in a step, and for how many samples they hold.
+
+    Without gates for single samples these are (p_1, ..., p_L), and they hold for one step.
+    """
     if handle is None:
-        blocks = sum(isinstance(m, Residual) for m in model.modules())
-        return lambda step: (1.0,) * blocks, blocks
-    return handle.survival_at, len(handle.blocks)
+        yield (1.0,) * blocks, 1
+    elif mini_batch is None:
+        yield handle.survival_at(step), 1
+    else:
+        images, handle.balanced_parts = mini_batch
+        for rank in range(mini_batch.processes):
+            part = Shard(rank, mini_batch.processes).slice_of(images)
+            samples = part.stop - part.start
+            yield handle.shares_at(step, images, samples, part.start), samples
 
 
 def _moments(chances: Sequence[float]) -> tuple[float, float]:

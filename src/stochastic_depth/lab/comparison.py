@@ -129,7 +129,7 @@ def _start(
 
 
 def compare_runs(runs: dict[str, list[Run]]) -> Experiment:
-    """Constant depth and stochastic depth, up to the epoch that all of the runs have reached."""
+    """Constant depth and stochastic depth, up to the last epoch that both have reached."""
     return _recorded(runs).comparable()
 
 
@@ -185,7 +185,7 @@ def _to_json(experiment: Experiment, runs: dict[str, list[Run]]) -> bytes:
             "constant": asdict(constant.outcome),
             "stochastic": asdict(stochastic.outcome),
             "blocks": len(cost.survival),
-            "expected_active_blocks": sum(cost.survival),
+            "expected_active_blocks": stochastic.expected_active_blocks,
             "saving_measured": experiment.time_saved(stochastic),
             "saving_expected": cost.saving,
         },

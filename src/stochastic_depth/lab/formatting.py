@@ -49,7 +49,11 @@ def runs_text(*counts: int) -> str:
 def timing_note(runs: Iterable[RecordedRun]) -> str:
     """Why the seconds of runs cannot be compared; empty if they can."""
     apart = " and ".join(timing_differences(runs))
-    return f"The runs differ in their {apart}: the seconds are not to be compared." if apart else ""
+    if not apart:
+        return ""
+    return (
+        f"The runs, or parts of them, differ in their {apart}: the seconds are not to be compared."
+    )
 
 
 def difference(a: Spread, b: Spread, of_a: Series, of_b: Series) -> str:

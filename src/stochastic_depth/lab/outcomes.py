@@ -24,6 +24,7 @@ from stochastic_depth.surgery import summary
 from stochastic_depth.train import Config, Record, SurvivalConfig, best_record
 from stochastic_depth.train.build import apply_survival, build_model
 from stochastic_depth.train.config import ModelConfig
+from stochastic_depth.train.runtime import timing_conditions
 from stochastic_depth.train.schedule_config import ScheduleConfig
 
 
@@ -190,6 +191,17 @@ class Series:
         config = replace(run.config, survival=self.survival)
         return expected_cost(config, run.shape, len(run.classes), steps_per_epoch, records[-1].step)
 
+    @property
+    def expected_active_blocks(self) -> float:
+        """The mean over the seeds, and over the training steps that were taken."""
+        return statistics.fmean(
+            statistics.fmean(
+                (record.expected_active_blocks for record in run.records),
+                interval_steps(run.records),
+            )
+            for run in self.runs
+        )
+
     @cached_property
     def outcome(self) -> Outcome:
         """Results over the seeds."""
@@ -289,17 +301,22 @@ class Experiment:
     def comparable(self) -> "Experiment":
         """The part that can be compared: finished runs if every series has one, or equal epochs.
 
-        Failed runs are left out, unless all have failed.
+        Those are up to the last epoch that every series has reached with one run at least, of the
+        runs that have reached it. Failed runs are left out, unless all have failed.
         """
         alive = self._of(lambda run: None if run.failed else run)
         if not alive.series:
             alive = self
         if all(any(run.finished for run in series.runs) for series in alive.series):
             return alive._of(lambda run: run if run.finished else None)
-        reached = min(run.records[-1].epoch for run in alive.runs)
-        return alive._of(
-            lambda run: replace(run, records=tuple(r for r in run.records if r.epoch <= reached))
-        )
+        reached = min(max(run.records[-1].epoch for run in one.runs) for one in alive.series)
+
+        def up_to_it(run: RecordedRun) -> RecordedRun | None:
+            if run.records[-1].epoch < reached:
+                return None
+            return replace(run, records=tuple(r for r in run.records if r.epoch <= reached))
+
+        return alive._of(up_to_it)
 
     def _of(self, chosen: Callable[[RecordedRun], RecordedRun | None]) -> "Experiment":
         series = (
@@ -368,17 +385,16 @@ def _names(stochastic: list[SurvivalConfig]) -> list[str]:
 
 
 def timing_differences(runs: Iterable[RecordedRun]) -> list[str]:
-    """What affects speed and differs between the runs; empty if their seconds can be compared."""
+    """What affects speed and differs, between the runs or between parts of a run that was resumed.
+
+    It is empty if their seconds can be compared.
+    """
     found: dict[str, set[str]] = {}
     for run in runs:
-        machine, runtime = dict(run.description["machine"]), run.run.runtime
-        for name, value in (
-            ("threads", machine.pop("threads", None)),
-            ("machine", machine),
-            ("engine", (runtime.engine, runtime.kernels)),
-            ("precision", runtime.precision),
-        ):
-            found.setdefault(name, set()).add(str(value))
+        began = timing_conditions(run.run.runtime, run.run.machine)
+        for conditions in (began, *(each.elsewhere or {} for each in run.records)):
+            for name, value in conditions.items():
+                found.setdefault(name, set()).add(value)
     return [name for name, values in found.items() if len(values) > 1]
 
 

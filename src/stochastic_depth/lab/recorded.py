@@ -13,11 +13,7 @@ from torch import nn
 from stochastic_depth.choices import CheckpointName
 from stochastic_depth.data import Batches
 from stochastic_depth.errors import RunError
-from stochastic_depth.files import (
-    SMALL,
-    is_there,
-    read_file,
-)
+from stochastic_depth.files import SMALL, UNFINISHED, is_there, read_file
 from stochastic_depth.handle import Handle
 from stochastic_depth.lab.analyses import (
     AnalysisName,
@@ -28,6 +24,7 @@ from stochastic_depth.lab.analyses import (
 from stochastic_depth.lab.sweep.folder import Sweep, read_sweep
 from stochastic_depth.train import Record, Run, layout, open_run, reopen, trained_model
 from stochastic_depth.train.build import handle_or_always_open
+from stochastic_depth.train.failures import failure_of
 from stochastic_depth.train.weights import require_weights_of
 
 EXPECTED = (
@@ -53,6 +50,11 @@ class RecordedRun:
         return is_there(self.run.path / layout.FAILED)
 
     @property
+    def failure(self) -> str | None:
+        """The recorded reason why it cannot be trained, or None."""
+        return failure_of(self.run.path)
+
+    @property
     def ended(self) -> bool:
         return self.finished or self.failed
 
@@ -76,6 +78,10 @@ class RecordedSweep:
 
     sweep: Sweep
     runs: tuple[RecordedRun, ...]
+    """The runs of points of its grid that have begun."""
+    others: tuple[str, ...] = ()
+    """The names of folders among the runs that are of no point, such as copies; they are not
+    read."""
 
     @property
     def size(self) -> int:
@@ -162,7 +168,7 @@ def state_of(paths: Iterable[Path]) -> dict[Path, tuple[int, int] | None]:
     files: list[Path] = []
     for path in paths:
         known = _known_in(path)
-        runs = [run for folder in known for run in _runs_of(folder)]
+        runs = [run for folder in known for run in _folders(folder / "runs")]
         files += [path] if path.is_file() else known
         for run in (*known, *runs):
             files += [run / name for name in (layout.JOURNAL, layout.WEIGHTS, layout.FAILED)]
@@ -211,9 +217,13 @@ def load_trained(
 
 
 def _sweep(path: Path) -> RecordedSweep:
-    sweep, runs = read_sweep(path), tuple(map(read_run, _runs_of(path)))
+    sweep = read_sweep(path)
+    points = {point.name: point for point in sweep.grid.points()}
+    begun = [points[name] for name in sorted(points) if sweep.begun(points[name])]
+    runs = tuple(read_run(sweep.path(point)) for point in begun)
     sweep.require_own(recorded.run for recorded in runs)
-    return RecordedSweep(sweep, runs)
+    others = sorted({folder.name for folder in _folders(path / "runs")} - points.keys())
+    return RecordedSweep(sweep, runs, tuple(others))
 
 
 def _benchmark(path: Path) -> dict[str, Any]:
@@ -227,7 +237,10 @@ def _benchmark(path: Path) -> dict[str, Any]:
 
 
 def _folders(path: Path) -> Iterator[Path]:
-    return (entry for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else iter(())
+    """The folders in `path`, without those that are just being written."""
+    for entry in path.iterdir() if path.is_dir() else ():
+        if entry.is_dir() and not entry.name.startswith(UNFINISHED):
+            yield entry
 
 
 def _known_in(path: Path) -> list[Path]:
@@ -235,16 +248,12 @@ def _known_in(path: Path) -> list[Path]:
     return [path] if _is_known(path) else sorted(filter(_is_known, _folders(path)))
 
 
-def _runs_of(sweep: Path) -> list[Path]:
-    return sorted(filter(_is_run, _folders(sweep / "runs")))
-
-
 def _is_known(path: Path) -> bool:
     return _is_run(path) or _is_sweep(path)
 
 
 def _is_run(path: Path) -> bool:
-    return is_there(path / layout.CONFIG)
+    return is_there(path / layout.CONFIG) or layout.has_lost_config(path)
 
 
 def _is_sweep(path: Path) -> bool:

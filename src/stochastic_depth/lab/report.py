@@ -60,13 +60,15 @@ class Report:
 def build_report(sources: Sources) -> Report:
     """Everything that `sources` can show. Figures in different sections have different ids."""
     trained = experiments(sources.runs)
-    begun = [run for run in sources.runs if not run.records]
+    failed = [run for run in sources.runs if not run.records and run.failed]
+    begun = [run for run in sources.runs if not run.records and not run.failed]
     measured = [run for run in sources.runs if run.records]
     kept = distinct(measured)
     repeated = [run for run in measured if run not in kept]
     sections = [
         *map(_experiment, trained),
         *_not_drawn("Runs that have begun", "No record in the journal yet", begun),
+        *_not_drawn("Runs that have failed", "Failed before the first record", failed),
         *_not_drawn("Repeated runs", "Another run of the same seed is shown", repeated),
         *map(_sweep, sources.sweeps),
         *map(_benchmark, sources.benchmarks),
@@ -107,8 +109,10 @@ def _not_drawn(title: str, why: str, runs: list[RecordedRun]) -> Iterator[Sectio
     """A section that lists `runs`, if there are any."""
     if runs:
         shared, table = settings(runs)
-        paths = ", ".join(str(run.run.path) for run in runs)
-        yield Section(title, (), f"{why}: {paths}.", settings=tuple(shared), runs=table)
+        said = [
+            f"{run.run.path} ({run.failure})" if run.failed else str(run.run.path) for run in runs
+        ]
+        yield Section(title, (), f"{why}: {', '.join(said)}.", settings=tuple(shared), runs=table)
 
 
 def _of_each(experiment: Experiment, draw: Callable[..., Figure | None]) -> Iterable[Figure | None]:
@@ -125,6 +129,8 @@ def _sweep(recorded: RecordedSweep) -> Section:
     failed = sum(run.failed for run in recorded.runs)
     said = f"{sweep.folder}: {finished} of {count_text(recorded.size, 'run')} finished"
     said += f", {failed} failed, for the reason in the failed.txt of each." if failed else "."
+    if recorded.others:
+        said += f" Left out, because the grid has no such runs: {', '.join(recorded.others)}."
     if not recorded.runs:
         return Section(f"Sweep {sweep.folder.name}", (), said)
     shared, runs = settings(recorded.runs)

@@ -123,7 +123,7 @@ def _savings(now: Experiment) -> ReportTable:
         [
             series.name,
             f"{plus_minus(series.outcome.active_blocks)} of {len(series.cost.survival)}",
-            f"{sum(series.cost.survival):.2f}",
+            f"{series.expected_active_blocks:.2f}",
             _saved(now, series),
             share(series.cost.saving),
         ]

@@ -1,8 +1,12 @@
-"""Errors that end a run; they name the step, its gates and the last good checkpoint."""
+"""Errors that end a run, and the recorded ones.
+
+They name the step, its gates and the last good checkpoint.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
+from pathlib import Path
 
 from torch import Tensor
 
@@ -17,7 +21,9 @@ from stochastic_depth.errors import (
     first_line,
     is_out_of_memory,
 )
+from stochastic_depth.files import SMALL, read_file
 from stochastic_depth.torch_private import is_compiler_error
+from stochastic_depth.train import layout
 from stochastic_depth.train.run_folder import Run
 from stochastic_depth.train.train_state import TrainState
 
@@ -28,6 +34,24 @@ def diverged(run: Run, step: int, what: str) -> DivergedError:
         f"{what} is not finite at step {step} of {run.path}; {run.checkpoints.last_good()}. Try a "
         "lower --optimizer.learning-rate, a --optimizer.warmup-epochs or --schedule warmup"
     )
+
+
+def failure_of(run: Path, inside: Path | None = None) -> str | None:
+    """The recorded reason why the run in a folder cannot be trained; None if there is none.
+
+    Args:
+        inside: the folder above it that is trusted, as for `read_file`.
+
+    Raises:
+        RunError: when the reason cannot be read.
+    """
+    path = run / layout.FAILED
+    try:
+        return read_file(path, SMALL, inside=inside).decode().strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
 
 
 @contextmanager

@@ -23,7 +23,9 @@ from stochastic_depth.train.failures import (
     open_blocks,
 )
 from stochastic_depth.train.journal import Record, append_record, best_record, truncate_journal
-from stochastic_depth.train.run_folder import Run, open_run, remove_untrained_on_error
+from stochastic_depth.train.open import require_batches_of
+from stochastic_depth.train.resumption import conditions_elsewhere, say_what_differs
+from stochastic_depth.train.run_folder import Run, remove_untrained_on_error
 from stochastic_depth.train.runtime import Runtime
 from stochastic_depth.train.step import IntervalMetrics, evaluate_parts
 from stochastic_depth.train.train_state import TrainState
@@ -71,14 +73,14 @@ def fit(
 
     Args:
         run: the folder to write.
-        batches: the data on which the run was created.
+        batches: those that `begin` or `reopen` has returned with the run.
         callback: called after every step and with every record.
         stop: called after every step; when it returns the number of a signal, the run writes a
             checkpoint and stops.
 
     Raises:
         RunError: when another process writes the folder, the folder is removed or cannot be
-            written, or the data is not the data of the run.
+            written, or the batches are not those of the run.
         CheckpointError: when no checkpoint can be trusted, or one cannot be written.
         DataError: when something, such as a picture, cannot be read. If there is neither a record
             nor a checkpoint yet, the folder is removed.
@@ -88,13 +90,17 @@ def fit(
         EngineError: when PyTorch's compiler fails.
         Interrupted: when `stop` has returned a signal; in place of the errors that a signal causes.
     """
-    run.require_data(batches.fingerprint)
+    require_batches_of(run, batches)
     with remove_untrained_on_error([run]), ExitStack() as stack:
         check_lock = stack.enter_context(_writing(run))
         train_state = TrainState(run.config, run.runtime, batches)
         stack.enter_context(as_engine_error())
         stack.enter_context(as_out_of_memory_error(run, train_state))
         journal, records = _restore(run, train_state, callback)
+        here = on_primary(lambda: conditions_elsewhere(run))
+        if here or not train_state.metrics.images:  # or a part of the interval was elsewhere
+            train_state.elsewhere = here
+        _say_if_rounded(train_state, callback)
         callback.begin(run, train_state)
         stream = _stream(batches, train_state.step)
         while train_state.step < train_state.total_steps or train_state.metrics.images:
@@ -110,7 +116,7 @@ def fit(
                 _save(run, train_state, journal, records)
                 raise Interrupted(run.path, train_state.step, stop() or 0)
             records.append(record)
-            train_state.metrics = IntervalMetrics()
+            train_state.metrics, train_state.elsewhere = IntervalMetrics(), here
             _save(run, train_state, journal, records)
             callback.record(record)
             yield record
@@ -140,7 +146,7 @@ def _restore(run: Run, train_state: TrainState, callback: Callback) -> tuple[str
     for reason in refused:
         callback.say(f"{reason}; using the one before it")
     if state is not None:
-        _say_what_differs(run, callback)
+        say_what_differs(run, callback.say)
         train_state.load_state_dict(state)
         with as_checkpoint_error(state["step"]):
             last = state["journal"]
@@ -151,19 +157,12 @@ def _restore(run: Run, train_state: TrainState, callback: Callback) -> tuple[str
     return last, on_primary(run.records)
 
 
-def _say_what_differs(run: Run, callback: Callback) -> None:
-    """Say which differences to where the run began keep it from ending bit for bit the same."""
-    threads = torch.get_num_threads()
-    if not run.runtime.on_gpu and threads != run.runtime.threads:
-        callback.say(
-            f"begun with {run.runtime.threads} threads, resumed with {threads}: sums are "
-            "rounded differently (set OMP_NUM_THREADS for bitwise identical results)"
-        )
-    began, now = on_primary(lambda: open_run(run.path)).runtime, run.runtime
-    if (began.device, began.engine) != (now.device, now.engine):
-        callback.say(
-            f"begun on {began.device} by {began.engine}, resumed on {now.device} by "
-            f"{now.engine}: sums are rounded differently, and times of this run are of both"
+def _say_if_rounded(train_state: TrainState, callback: Callback) -> None:
+    """Let `callback` say what the gates would warn of, with the options of the command line."""
+    if train_state.handle is not None:
+        train_state.handle.on_rounding = lambda sentence: callback.say(
+            f"{sentence}: begin a run with --survival.scale training, which divides by the share "
+            "itself, or with a larger --optimizer.batch"
         )
 
 
@@ -254,6 +253,7 @@ def _measure(
         peak_memory=peak,
         block_gradients=metrics.block_means(train_state.blocks),
         active_counts={str(n): count for n, count in enumerate(active) if count},
+        elsewhere=train_state.elsewhere,
     )
 
 

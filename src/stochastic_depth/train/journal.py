@@ -36,7 +36,8 @@ class Record:
     """One interval of training (an epoch, unless `evaluate_every` is set) and its evaluation.
 
     Losses are mean cross-entropies in nats, errors are percent. `seconds`, `images_per_second` and
-    `peak_memory` depend on the machine; all other fields are the same whenever the run is repeated.
+    `peak_memory` depend on the machine, and `elsewhere` on the resumptions; all other fields are
+    the same whenever the run is repeated.
     """
 
     step: int
@@ -54,7 +55,8 @@ class Record:
     active_blocks: float
     """How many blocks ran, averaged over the steps of the interval (or over its samples)."""
     expected_active_blocks: float
-    """The sum of p_l, averaged over the steps of the interval."""
+    """The sum of p_l, averaged over the steps of the interval (or over its samples). Where a block
+    runs on a rounded share of the samples, that share counts in place of p_l."""
     gradient_norm: float
     """The L2 norm of the gradient at the first convolution, averaged over the steps of the
     interval."""
@@ -74,6 +76,9 @@ class Record:
     active_counts: dict[str, int]
     """In how many steps of the interval n blocks were active, by n as text. With gates for single
     samples, the number of samples; with per-rank gates, the steps of all processes."""
+    elsewhere: dict[str, str] | None = None
+    """The `timing_conditions` of the interval, if they are not those under which the run began: it
+    was resumed by another number of processes, for example."""
 
     @property
     def is_finite(self) -> bool:
@@ -99,7 +104,10 @@ def append_record(path: Path, record: Record, before: str) -> str:
     Raises:
         RunError: when it cannot be written; the journal is then as it was before.
     """
-    values = json.dumps(dataclasses.asdict(record)).encode().removesuffix(b"}")
+    shown = dataclasses.asdict(record)
+    if record.elsewhere is None:  # as nearly always
+        del shown["elsewhere"]
+    values = json.dumps(shown).encode().removesuffix(b"}")
     checksum = _checksum(before, values)
     line = values + f', "sha256": "{checksum}"}}\n'.encode()
     try:

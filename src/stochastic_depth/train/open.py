@@ -10,12 +10,14 @@ from torch import nn
 from stochastic_depth import data
 from stochastic_depth.choices import CheckpointName
 from stochastic_depth.data import Batches, Shard
+from stochastic_depth.data.sources import SOURCES
 from stochastic_depth.distributed.world import on_primary, rank, world_size
 from stochastic_depth.errors import CheckpointError, ConfigError, DataError, RunError
 from stochastic_depth.plain_text import command
 from stochastic_depth.train.build import build_network, require_trainable
 from stochastic_depth.train.checkpoint import as_checkpoint_error
 from stochastic_depth.train.config import Config
+from stochastic_depth.train.failures import failure_of
 from stochastic_depth.train.journal import best_record
 from stochastic_depth.train.run_folder import Run, create_run, open_run, refuse_existing
 from stochastic_depth.train.runtime import Runtime, resolve_runtime, usable_device
@@ -115,6 +117,30 @@ def open_batches(config: Config, runtime: Runtime) -> Batches:
     )
 
 
+def require_batches_of(run: Run, batches: Batches) -> None:
+    """Refuse batches that are not those of a run, because their data or their settings differ.
+
+    Raises:
+        RunError: naming what differs, and both values.
+    """
+    run.require_data(batches.fingerprint)
+    config, augment = run.config, run.config.data.augment
+    if augment is None:
+        augment = SOURCES[config.data.name].augmented
+    for name, wanted, found in (
+        ("optimizer.batch", config.optimizer.batch, batches.batch),
+        ("seed", config.seed, batches.seed),
+        ("data.augment", augment, batches.augment),
+        ("shape of an image", run.shape, batches.shape),
+        ("shard", Shard(rank(), world_size()), batches.shard),
+    ):
+        if found != wanted:
+            raise RunError(
+                f"the {name} of {run.path} is {wanted}, that of these batches is {found}: give the "
+                "batches that begin or reopen returns with this run"
+            )
+
+
 def trained_model(
     run: Run, batches: Batches, which: CheckpointName = "best"
 ) -> tuple[nn.Module, int]:
@@ -160,6 +186,10 @@ def _steps(run: Run) -> dict[CheckpointName, int]:
             "place, or train another run"
         )
     if not evaluated:
+        if failure := failure_of(run.path):
+            raise CheckpointError(
+                f"{run.path} has no evaluated checkpoint, it failed: {failure}. Choose another run"
+            )
         raise CheckpointError(
             f"{run.path} has no evaluated checkpoint yet: resume it by "
             f"{command('train', '--resume', run.path)}"

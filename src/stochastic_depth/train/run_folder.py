@@ -7,7 +7,7 @@ import subprocess
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,8 @@ class Run:
     classes: tuple[str, ...]
     shape: tuple[int, int, int]
     """Shape of one image: channels, height, width."""
+    machine: dict[str, str | int] = field(default_factory=dict, hash=False)
+    """The machine on which it began, as `runtime.machine` describes it."""
 
     @property
     def journal(self) -> Path:
@@ -206,7 +208,8 @@ def create_run(
         RunError: when `path` exists or cannot be created.
     """
     refuse_existing(path)
-    run = Run(path, uuid.uuid4().hex, config, runtime, fingerprint, classes, shape)
+    here = machine(runtime)
+    run = Run(path, uuid.uuid4().hex, config, runtime, fingerprint, classes, shape, here)
     description = {
         "format": FORMAT,
         "id": run.id,
@@ -216,7 +219,7 @@ def create_run(
         "data": {"fingerprint": fingerprint, "classes": list(classes), "shape": list(shape)},
         "versions": versions(),
         "git_commit": _git_commit(),
-        "machine": machine(runtime),
+        "machine": run.machine,
     }
     description["sha256"] = checksum(description)
     with whole_folder(path) as folder:
@@ -236,6 +239,8 @@ def open_run(path: Path) -> Run:
     try:
         text = read_file(config_file, SMALL)
     except OSError as error:
+        if layout.has_lost_config(path):
+            raise layout.lost_config(path) from None
         why = f"{config_file} cannot be read: {reason(error)}"
         raise RunError(f"{path} is not a run folder: {why}") from None
     if not text.strip():
@@ -269,6 +274,7 @@ def open_run(path: Path) -> Run:
             restore(str, values["data"]["fingerprint"], "data.fingerprint"),
             restore(tuple[str, ...], values["data"]["classes"], "data.classes"),
             (channels, height, width),
+            dict(values["machine"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(

@@ -1,6 +1,7 @@
 """Where and how a run computes: device, precision, threads and engine."""
 
 import platform
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -9,6 +10,7 @@ from typing import Literal
 import torch
 
 from stochastic_depth.block_program.library import cpu_capabilities
+from stochastic_depth.distributed.world import world_size
 from stochastic_depth.errors import ConfigError, first_line
 from stochastic_depth.train.config import Config
 from stochastic_depth.train.engine_choice import EngineName, KernelsName, choose_engine
@@ -107,10 +109,27 @@ def machine(runtime: Runtime) -> dict[str, str | int]:
         "system": platform.platform(),
         "processor": str(cpu_capabilities().get("cpu_name", platform.processor())),
         "threads": runtime.threads,
+        "processes": world_size(),
     }
     if runtime.on_gpu:
         described["gpu"] = torch.cuda.get_device_name(runtime.device)
     return described
+
+
+def timing_conditions(runtime: Runtime, machine: Mapping[str, str | int]) -> dict[str, str]:
+    """What the seconds of a training depend on, by name, as text.
+
+    Args:
+        machine: as `machine` describes it; runs begun before 2026-12-01 have not recorded the
+            number of processes, which is then left out.
+    """
+    counts = {name: str(machine[name]) for name in ("threads", "processes") if name in machine}
+    return {
+        **counts,
+        "machine": ", ".join(str(value) for name, value in machine.items() if name not in counts),
+        "engine": f"{runtime.engine}, {runtime.kernels} kernels",
+        "precision": runtime.precision,
+    }
 
 
 def versions() -> dict[str, str]:

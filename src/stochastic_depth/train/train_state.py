@@ -51,6 +51,8 @@ class TrainState:
         self.optimizer = build_optimizer(config.optimizer, self.model)
         self.step = 0
         self.metrics = IntervalMetrics()
+        self.elsewhere: dict[str, str] | None = None
+        """What `Record.elsewhere` will be at the end of the interval."""
         self.interval = config.evaluate_every or batches.steps_per_epoch
         self._sampled_every = max(1, min(10, self.interval // 5))
 
@@ -99,11 +101,16 @@ class TrainState:
         return all_reduce_sum(counts) if self.config.distributed.rank_gates else counts
 
     def expected_active_blocks(self) -> float:
-        """The sum of p_l, averaged over the steps of the current interval."""
+        """The expectation of the mean of `active_counts` in the current interval."""
         if self.handle is None:
             return float(self.blocks)
         steps = range(self.interval_start, self.step)
-        return fmean(fsum(self.handle.survival_at(step)) for step in steps)
+        images = [self.images_of(step) for step in steps]
+        expected = [
+            fsum(self.handle.shares_at(step, batch))
+            for step, batch in zip(steps, images, strict=True)
+        ]
+        return fmean(expected, None if self.handle.gate == "batch" else images)
 
     def images_of(self, step: int) -> int:
         """The number of images in the mini-batch of a step, over all processes."""
@@ -140,6 +147,7 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "handle": self.handle.state_dict() if self.handle else None,
             "metrics": self.metrics.state_dict(),
+            "elsewhere": self.elsewhere,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -154,5 +162,5 @@ class TrainState:
             if self.handle is not None:
                 self.handle.load_state_dict(state["handle"])
             self.metrics.load_state_dict(state["metrics"], self.runtime.device)
-        self.step = state["step"]
+        self.step, self.elsewhere = state["step"], state.get("elsewhere")
         self.__dict__.pop("_engine", None)  # it holds the momentum of before

@@ -73,6 +73,15 @@ def test_a_folder_of_something_else_is_refused_and_left_as_it_is(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("described", [True, False])
+def test_the_sweeps_own_folder_may_hold_a_report_and_logs(sweep, described):
+    for name in ("report.html", "sweep.log"):
+        (sweep.folder / name).write_text("")
+    if not described:  # a damaged description is removed, and written again
+        (sweep.folder / "sweep.json").unlink()
+    assert open_sweep(sweep.folder, "survival", GRID, SMALL) == sweep
+
+
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be a sweep's folder"):

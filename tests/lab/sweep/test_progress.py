@@ -1,13 +1,18 @@
 import io
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from stochastic_depth.lab.sweep.folder import open_sweep
+from stochastic_depth.cli.console import PlainConsole
+from stochastic_depth.lab.outcomes import Outcome, Spread
+from stochastic_depth.lab.sweep import progress as progress_module
+from stochastic_depth.lab.sweep.folder import Grid, Sweep, open_sweep
 from stochastic_depth.lab.sweep.progress import SweepProgress, sweep_table
 from stochastic_depth.lab.sweep.workers import train_point
+from stochastic_depth.recipes.paper import gatings
 from support.small_sweep import GRID, SMALL
 
 
@@ -116,10 +121,30 @@ def test_the_table_has_a_row_for_each_setting_and_blanks_where_none_is_done(swee
     first, second, third = ([cell.strip() for cell in line.split("│")[1:-1]] for line in lines)
     records = sweep.records(sweep.grid.points()[0])
     best = min(records, key=lambda record: record.validation_error)
-    assert first[:5] == ["linear", "0.3", "8", "1", f"{best.test_error:.2f} %"]
-    assert float(first[5]) == pytest.approx(sum(r.seconds for r in records), abs=0.01)
-    assert second == ["linear", "0.6", "8", "0 of 1", "", "", ""]
-    assert third[:4] == ["constant", "", "8", "0 of 1"]
+    assert first[:4] == ["linear", "0.3", "1", f"{best.test_error:.2f} %"]
+    assert float(first[4]) == pytest.approx(sum(r.seconds for r in records), abs=0.01)
+    assert second == ["linear", "0.6", "0 of 1", "", "", ""]
+    assert third[:3] == ["constant", "", "0 of 1"]
+    assert "cifar-resnet, depth 8, 2 epochs" in pages.file.getvalue()
+
+
+def test_the_table_of_long_runs_of_every_gating_fits_80_columns(begun, monkeypatch):
+    grid = Grid(("linear",), (0.5,), (110,), (0, 1, 2, 3, 4), tuple(gatings(SMALL)))
+    sweep = replace(begun, kind="gates", grid=grid)
+    long = Outcome(*[Spread(12.34, 12.34)] * 2, Spread(12345.67, 1234.56), Spread(53.98, 10.05))
+    for name in ("done", "begun"):
+        monkeypatch.setattr(Sweep, name, lambda sweep, point: point.seed < 4)
+    monkeypatch.setattr(Sweep, "require_own", lambda sweep, runs: None)
+    monkeypatch.setattr(progress_module, "read_run", lambda path: SimpleNamespace(records=[]))
+    monkeypatch.setattr(progress_module, "timing_note", lambda runs: "")
+    monkeypatch.setattr(Outcome, "of", lambda journals: long)
+    pages = PlainConsole(width=80, file=io.StringIO())
+    pages.print(sweep_table(sweep))
+    lines = pages.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].startswith("digits, cifar-resnet, p_L 0.5, depth 110, 2 epochs;")
+    shown = "│ balanced-subset │ 4 of 5 │ 12.34 ± 12.34 % │ 12346 ± 1235 │ 53.98 ± 10.05 │"
+    assert shown in lines
 
 
 def test_one_epoch_is_one_epoch(begun):

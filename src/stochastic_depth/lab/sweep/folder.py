@@ -27,8 +27,9 @@ from stochastic_depth.recipes.paper import gatings
 from stochastic_depth.train import Config, Record, Run, layout, open_run
 from stochastic_depth.train.build import require_trainable
 from stochastic_depth.train.engine_choice import on_one_engine
+from stochastic_depth.train.failures import failure_of
 from stochastic_depth.train.open import open_batches
-from stochastic_depth.train.run_folder import common_fingerprint
+from stochastic_depth.train.run_folder import common_fingerprint, is_untrained
 from stochastic_depth.train.runtime import resolve_runtime
 
 
@@ -101,7 +102,8 @@ class Grid:
 
 
 FORMAT = 1
-OWN_FILES = {"sweep.json", "lock", "runs", "claims"}
+MADE = {"lock", "runs", "claims"}
+"""What is in the folder of every sweep besides `sweep.json`."""
 
 
 @dataclass(frozen=True)
@@ -127,19 +129,26 @@ class Sweep:
         """The run folder of a point."""
         return self.folder / "runs" / point.name
 
+    def begun(self, point: Point) -> bool:
+        """Whether the run of a point has begun.
+
+        Raises:
+            RunError: when its folder has lost its `config.json`.
+        """
+        path = self.path(point)
+        if not is_there(path) or is_there(path / layout.CONFIG):
+            return is_there(path)
+        if not is_untrained(path):
+            raise layout.lost_config(path)
+        return False  # its process was killed while it removed the folder
+
     def done(self, point: Point) -> bool:
         """Whether nothing is left to train. `read_run` checks that nothing was lost since."""
         return is_there(self.path(point) / layout.WEIGHTS)
 
     def failure(self, point: Point) -> str | None:
         """The recorded reason why the run of a point cannot be trained, or None."""
-        path = self.path(point) / layout.FAILED
-        try:
-            return read_file(path, SMALL, inside=self.folder).decode().strip()
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise RunError(f"{path} cannot be read: {error}") from error
+        return failure_of(self.path(point), inside=self.folder)
 
     def fail(self, point: Point, sentence: str) -> None:
         """Record why the run of a point cannot be trained."""
@@ -285,12 +294,14 @@ def read_sweep(folder: Path) -> Sweep:
 
 
 def _require_own(folder: Path) -> None:
-    """Raise a RunError if `folder` holds something that is not of a sweep."""
+    """Raise a RunError if `folder` is not of a sweep, and holds something."""
     try:
-        strange = {p.name for p in folder.iterdir()} - OWN_FILES if folder.exists() else set()
+        names = {p.name for p in folder.iterdir()} if folder.exists() else set()
     except OSError as error:
         raise RunError(f"{folder} cannot be a sweep's folder: {reason(error)}") from error
-    strange = {name for name in strange if not name.startswith(UNFINISHED)}
+    if "sweep.json" in names or names >= MADE:  # where a damaged sweep.json was removed
+        return
+    strange = {name for name in names - MADE if not name.startswith(UNFINISHED)}
     if strange:
         raise RunError(
             f"{folder} is no sweep's folder, it holds {min(strange)}: choose another --out"

@@ -115,36 +115,43 @@ def _cost(point: Point) -> float:
 def sweep_table(sweep: Sweep) -> Table:
     """A row for each rule, p_L and depth: means over the seeds that are done.
 
+    A p_L or a depth that is the same in all rows is in the title, so that 80 columns suffice.
+
     Raises:
         RunError: when a run cannot be read, has lost a part of its journal, is of another sweep,
             or is on other data.
     """
     points = sweep.grid.points()
-    finished = {point: read_run(sweep.path(point)) for point in points if sweep.done(point)}
+    finished = {p: read_run(sweep.path(p)) for p in points if sweep.done(p) and sweep.begun(p)}
     sweep.require_own(recorded.run for recorded in finished.values())
+    rows: dict[tuple, list] = {}
+    for point in points:
+        rule = point.gating or point.rule
+        rows.setdefault((rule, point.survival, point.depth), []).append(point)
+    values = {"p_L": {p for _, p, _ in rows} - {None}, "depth": {depth for _, _, depth in rows}}
+    shared = [f"{name} {min(found)}" for name, found in values.items() if len(found) == 1]
+    apart = [name for name, found in values.items() if len(found) > 1]
+    about = [sweep.config.data.name, sweep.config.model.kind, *shared]
     caption = "seconds of training compare only where one worker ran at a time"
     table = Table(
-        title=f"{sweep.config.data.name}, {sweep.config.model.kind}, "
-        f"{count_text(sweep.config.epochs, 'epoch')}; mean ± deviation over seeds",
+        title=f"{', '.join(about)}, {count_text(sweep.config.epochs, 'epoch')}; "
+        "mean ± deviation over seeds",
         title_justify="left",
         caption="\n".join(filter(None, (caption, timing_note(finished.values())))),
         caption_justify="left",
     )
     table.add_column("gating" if sweep.kind == "gates" else "rule")
-    for name in ("p_L", "depth", "seeds", "test error", "seconds", "active"):
+    for name in (*apart, "seeds", "test error", "seconds", "active"):
         table.add_column(name, justify="right", no_wrap=True)
-    rows: dict[tuple, list] = {}
-    for point in points:
-        rule = point.gating or point.rule
-        rows.setdefault((rule, point.survival, point.depth), []).append(point)
     for (rule, survival, depth), points in rows.items():
         done = [finished[point].records for point in points if point in finished]
         cells = ["", "", ""]
         if done:
             found = Outcome.of(done)
             error = percent(found.test_error_best)
-            cells = [error, plus_minus(found.seconds), plus_minus(found.active_blocks)]
+            seconds = plus_minus(found.seconds, digits=2 if found.seconds.mean < 100 else 0)
+            cells = [error, seconds, plus_minus(found.active_blocks)]
         seeds = f"{len(done)}" if len(done) == len(points) else f"{len(done)} of {len(points)}"
-        p = "" if survival is None else f"{survival}"
-        table.add_row(rule, p, f"{depth}", seeds, *cells)
+        of_row = {"p_L": "" if survival is None else f"{survival}", "depth": f"{depth}"}
+        table.add_row(rule, *(of_row[name] for name in apart), seeds, *cells)
     return table

@@ -27,9 +27,8 @@ from stochastic_depth.files import is_there, reason, require_writable
 from stochastic_depth.lab.sweep.folder import Point, Sweep
 from stochastic_depth.plain_text import escaped
 from stochastic_depth.processes import fresh_processes, interrupts_blocked
-from stochastic_depth.train import Run, begin, fit, layout, reopen
+from stochastic_depth.train import Run, begin, fit, reopen
 from stochastic_depth.train.display import Silent
-from stochastic_depth.train.run_folder import is_untrained
 from stochastic_depth.train.signals import StopSignals
 
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -202,14 +201,9 @@ def _open(sweep: Sweep, point: Point) -> tuple[Run, Batches]:
     path, config = sweep.path(point), sweep.configs[point]
     if path.is_symlink():
         raise RunError(f"{path} is a link, expected a run folder: remove it")
-    if is_there(path) and not is_there(path / layout.CONFIG):
-        if not is_untrained(path):
-            raise RunError(
-                f"{path} has lost its config.json: put a copy in its place; or remove {path}, and "
-                "its run begins again"
-            )
-        shutil.rmtree(path)  # its process was killed while it removed the folder
-    if not is_there(path):
+    if not sweep.begun(point):
+        if is_there(path):
+            shutil.rmtree(path)
         return begin(config, path, sweep.fingerprint)
     run, batches = reopen(path, config.data.root)
     sweep.require_own([run])
