@@ -6,6 +6,7 @@ from types import MethodType
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from stochastic_depth.errors import GateError, UnsupportedBlockError
 from stochastic_depth.gates import OPEN, BlockGates, Gate
@@ -56,23 +57,28 @@ def residual_step(
     if gate.open:
         with gate.forward_only():
             f = branch(gate.select(x))
-        total = out + gate.scale(f)
-        if not torch.compiler.is_compiling():
-            _require_shape_of(out, total)
-        out = total
+        out = with_shape_of(out, out + gate.scale(f))
     return out if activation is None else activation(out)
 
 
-def _require_shape_of(shortcut: Tensor, total: Tensor) -> None:
-    """Raise `UnsupportedBlockError` if a sum has another shape than its shortcut."""
-    if is_fx_tracing() or graph_exporter() is not None:
-        return  # shapes are no numbers there
+def with_shape_of(shortcut: Tensor, total: Tensor) -> Tensor:
+    """The sum `total`, after a check that its shape is that of its shortcut.
+
+    Compiled, exported and traced code is left out.
+
+    Raises:
+        UnsupportedBlockError: when it has another shape.
+    """
+    if is_compiling() or is_fx_tracing() or graph_exporter() is not None:
+        return total  # shapes are no numbers there
     if total.shape != shortcut.shape:
         raise UnsupportedBlockError(
             f"the sum of shortcut and branch has the shape {list(total.shape)}, and the shortcut "
             f"alone, which a closed gate returns, {list(shortcut.shape)}: give a shortcut with the "
-            "shape of the sum, for example one that expands its output"
+            "shape of the sum, for example one that is expanded before the branch is computed from "
+            "it"
         )
+    return total
 
 
 class Residual(nn.Module):
@@ -131,7 +137,7 @@ class Residual(nn.Module):
 
     def _guard_branch(self) -> None:
         """Inside an `autograd.Function`, make sure that its backward pass calls this module."""
-        if self._guarded or torch.compiler.is_compiling():
+        if self._guarded or is_compiling():
             return
         if function_around(sys._getframe()) is not None:
             self._guarded = True

@@ -183,7 +183,7 @@ def test_no_export_of_a_run_is_named_as_another():
         (["--depth", "1.5"], 2, "--depth is 1.5"),
         (["--elastic", "--format", "onnx"], 2, "--elastic"),
         (["--elastic", "--depth", "0.5"], 2, "--elastic"),
-        (["--out", "nowhere/net.safetensors"], 1, "nowhere/net.safetensors"),
+        (["--out", "run/config.json/net.safetensors"], 1, "run/config.json"),
     ],
 )
 def test_what_cannot_be_exported_is_an_error_of_one_line(

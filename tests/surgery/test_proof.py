@@ -800,6 +800,41 @@ def test_a_shortcut_that_is_broadcast_to_the_batch_is_noticed_on_one_sample(loop
         sd.apply(Perceiver(False, loop), example=example)
 
 
+class Field(Trunk):
+    """Coordinates that all samples share, and a latent of each sample, as in neural fields."""
+
+    def __init__(self, loop: bool) -> None:
+        super().__init__(Conditioned)
+        self.loop = loop
+
+    def forward(self, coordinates, latent):
+        h = coordinates
+        for block in self.blocks:
+            h = h + torch.sin(block.f(h) + latent) if self.loop else block(h, latent)
+        return h
+
+
+class Conditioned(Plain):
+    def forward(self, h, latent):
+        return h + torch.sin(self.f(h) + latent)
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_a_shortcut_that_other_inputs_broadcast_is_refused_when_it_is_added_to(loop):
+    model, coordinates = Field(loop), torch.randn(1, 5, 8)
+    handle = sd.apply(model, example=(coordinates, torch.randn(1, 1, 8)))
+    assert len(handle.blocks) == 3
+    for mode in (True, False):
+        with handle.forced([True] * 3, scaled=True):
+            assert model.train(mode)(coordinates, torch.randn(1, 1, 8)).shape == (1, 5, 8)
+            with pytest.raises(
+                UnsupportedBlockError, match=r"\[4, 5, 8\], .* \[1, 5, 8\]: .*expand"
+            ):
+                model(coordinates, torch.randn(4, 1, 8))
+    with handle.forced([True, False, True], scaled=True):
+        assert model(torch.randn(4, 5, 8), torch.randn(4, 1, 8)).shape == (4, 5, 8)
+
+
 class Promotes(Plain):
     """Ends its branch in float32, as a normalisation by weights of float32 does.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stochastic_depth.errors import GateError
+from stochastic_depth.residual import with_shape_of
 from stochastic_depth.surgery.addition_functions import ADD_IN_PLACE, scales_second
 from stochastic_depth.surgery.deferred.placeholder import (
     GatedAddition,
@@ -93,6 +94,8 @@ def add(
         if changes and isinstance(target, Placeholder):
             func = {"addcmul_": torch.addcmul}.get(name, torch.add)
         result = func(*new, **kwargs)
+        if not changes:
+            result = with_shape_of(shortcut, result)
         if addition.without_graph:
             result = _RefusesBackward.apply(result, torch.zeros((), requires_grad=True), addition)
     elif changes and target is shortcut:

@@ -17,6 +17,7 @@ from typing import Any
 
 from stochastic_depth.errors import UnsupportedBlockError
 from stochastic_depth.gates import Gate
+from stochastic_depth.residual import with_shape_of
 from stochastic_depth.surgery.edits import (
     AdditionEdit,
     ArgumentEdit,
@@ -77,6 +78,8 @@ def put_gate(node: ast.expr, edit: AdditionEdit, gate: str) -> tuple[ast.IfExp, 
         opened: ast.expr = of_gate(gate, "rescale", branch, copy.deepcopy(shortcut))
     else:
         opened = replaced(node, branch, of_gate(gate, "scale", branch))
+        if isinstance(shortcut, ast.Name):
+            opened = call("_with_shape_of", copy.deepcopy(shortcut), opened)
     return ast.IfExp(is_open(gate), opened, closed), branch
 
 
@@ -127,6 +130,8 @@ def _as_sum(shortcut: ast.expr, edit: AdditionEdit) -> ast.expr:
     )
 
 
+SUMS = {"_promoted": promoted, "_with_shape_of": with_shape_of}
+"""The functions that edited code calls on sums."""
 SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr)
 
 
@@ -155,7 +160,7 @@ def slice_method(
     drawn = call("_gates", module_of(tree))
     tree.body.insert(0, ast.Assign([ast.Tuple(names, ast.Store())], drawn))
     names_used = {"_gates": gates, "_select": select_drawn, "_bypassed": warn_bypassed}
-    return compiled(function, tree, {**names_used, "_promoted": promoted})
+    return compiled(function, tree, {**names_used, **SUMS})
 
 
 @functools.lru_cache(maxsize=1024)
