@@ -15,7 +15,8 @@ from stochastic_depth.lab.comparison import train_pairs
 from stochastic_depth.lab.outcomes import Experiment, experiments
 from stochastic_depth.lab.page import write_report
 from stochastic_depth.lab.recorded import read_sources
-from stochastic_depth.lab.sweep.folder import Grid, open_sweep
+from stochastic_depth.lab.sweep.folder import open_sweep
+from stochastic_depth.lab.sweep.grid import Grid
 from stochastic_depth.lab.sweep.workers import train_point
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import ModelConfig, OptimizerConfig, Run

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from stochastic_depth.lab.sweep.folder import Grid
+from stochastic_depth.lab.sweep.grid import Grid
 from stochastic_depth.recipes import RECIPES
 from stochastic_depth.train import DataConfig, ModelConfig
 

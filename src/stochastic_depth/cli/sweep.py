@@ -26,7 +26,8 @@ from stochastic_depth.train.config import Config
 
 if TYPE_CHECKING:
     from stochastic_depth.cli.console import PlainConsole
-    from stochastic_depth.lab.sweep.folder import Grid, Sweep
+    from stochastic_depth.lab.sweep.folder import Sweep
+    from stochastic_depth.lab.sweep.grid import Grid
 
 
 ABOUT = """Train a recipe at every point of a grid, from several seeds.
@@ -95,7 +96,7 @@ class SurvivalSweep(Options):
     """Survival rules; constant depth has no p_L and is trained once for each seed."""
 
     def grid(self) -> "Grid":
-        from stochastic_depth.lab.sweep.folder import Grid
+        from stochastic_depth.lab.sweep.grid import Grid
 
         return Grid(self.rules, self.survival, (self.config.model.depth,), self.chosen_seeds())
 
@@ -106,7 +107,7 @@ class DepthSweep(Options):
     """Weighted layers of the networks."""
 
     def grid(self) -> "Grid":
-        from stochastic_depth.lab.sweep.folder import Grid
+        from stochastic_depth.lab.sweep.grid import Grid
 
         return Grid((self.stochastic_rule(),), self.survival, self.depths, self.chosen_seeds())
 
@@ -119,7 +120,7 @@ class GatesSweep(Options):
     """Ways of gating; constant depth among them is trained once for each seed."""
 
     def grid(self) -> "Grid":
-        from stochastic_depth.lab.sweep.folder import Grid
+        from stochastic_depth.lab.sweep.grid import Grid
 
         rule, depth = self.stochastic_rule(), self.config.model.depth
         check_gatings(self.gatings)

@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 
 from stochastic_depth.errors import ConfigError
-from stochastic_depth.lab.sweep.folder import Grid, Sweep
+from stochastic_depth.lab.sweep.folder import Sweep
+from stochastic_depth.lab.sweep.grid import Grid
 from stochastic_depth.train.runtime import resolve_runtime
 from support.small_sweep import GRID, SMALL
 

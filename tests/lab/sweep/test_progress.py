@@ -9,7 +9,8 @@ from rich.console import Console
 from stochastic_depth.cli.console import PlainConsole
 from stochastic_depth.lab.outcomes import Outcome, Spread
 from stochastic_depth.lab.sweep import progress as progress_module
-from stochastic_depth.lab.sweep.folder import Grid, Sweep, open_sweep
+from stochastic_depth.lab.sweep.folder import Sweep, open_sweep
+from stochastic_depth.lab.sweep.grid import Grid
 from stochastic_depth.lab.sweep.progress import SweepProgress, sweep_table
 from stochastic_depth.lab.sweep.workers import train_point
 from stochastic_depth.recipes.paper import gatings

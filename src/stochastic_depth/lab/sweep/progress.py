@@ -12,7 +12,8 @@ from rich.text import Text
 from stochastic_depth.lab.formatting import percent, plus_minus, timing_note
 from stochastic_depth.lab.outcomes import Outcome, RunOutcome
 from stochastic_depth.lab.recorded import read_run
-from stochastic_depth.lab.sweep.folder import Point, Sweep
+from stochastic_depth.lab.sweep.folder import Sweep
+from stochastic_depth.lab.sweep.grid import Point
 from stochastic_depth.plain_text import count_text
 from stochastic_depth.train.display import LiveDisplay
 

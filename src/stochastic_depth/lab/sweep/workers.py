@@ -24,7 +24,8 @@ from filelock import FileLock, Timeout
 from stochastic_depth.data import Batches
 from stochastic_depth.errors import DivergedError, Interrupted, RunError, StochasticDepthError
 from stochastic_depth.files import is_there, reason, require_writable
-from stochastic_depth.lab.sweep.folder import Point, Sweep
+from stochastic_depth.lab.sweep.folder import Sweep
+from stochastic_depth.lab.sweep.grid import Point
 from stochastic_depth.plain_text import escaped
 from stochastic_depth.processes import fresh_processes, interrupts_blocked
 from stochastic_depth.train import Run, begin, fit, reopen
