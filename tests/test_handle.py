@@ -163,6 +163,7 @@ def test_the_handle_tells_survival_expected_depth_and_gates() -> None:
     handle.gates.zero_()
     assert torch.equal(handle.gates, draw(0, 0, handle.survival)), "the caller got a copy"
     assert "6 blocks" in repr(handle)
+    assert "\n" not in repr(handle.blocks[0]), "the modules of a block are not printed"
 
 
 def test_the_global_random_state_is_untouched() -> None:

@@ -86,18 +86,18 @@ class Block:
     """One residual block of a model: open or closed as a whole."""
 
     name: str
-    gates: tuple[BlockGates, ...]
+    gates: tuple[BlockGates, ...] = field(repr=False)
     """The gates of each of its additions."""
     parameters: tuple[str, ...]
     """Names of the parameters of its branch, in the model on which `sd.apply` was called."""
-    module: nn.Module
+    module: nn.Module = field(repr=False)
     """The module that the block is named after."""
-    gate_readers: tuple[nn.Module, ...]
+    gate_readers: tuple[nn.Module, ...] = field(repr=False)
     """The modules that read its gates. While one is in training mode, it reads the training
     gates."""
-    owned: tuple[OwnedParameters, ...]
+    owned: tuple[OwnedParameters, ...] = field(repr=False)
     """The parameters of its branch."""
-    observed_module: nn.Module
+    observed_module: nn.Module = field(repr=False)
     """The module itself if its additions are made inside of it, or else the module that adds."""
     _state: "_BranchState | None" = field(default=None, repr=False)
     """The modules and parameters of the branch, cached because collecting them is slow."""
