@@ -23,7 +23,7 @@ import stochastic_depth as sd
 from stochastic_depth.lab.bench.costs import COSTS, costs_table, costs_to_json, step_costs
 from stochastic_depth.lab.bench.results import clock
 from stochastic_depth.lab.bench.workload import Step, copy_weights, training_step
-from stochastic_depth.lab.outcomes import CONSTANT
+from stochastic_depth.lab.titles import CONSTANT
 from stochastic_depth.randomness import generator
 from stochastic_depth.train.config import Config
 from stochastic_depth.train.runtime import Runtime, machine, resolve_runtime, versions

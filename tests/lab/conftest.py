@@ -12,7 +12,7 @@ import pytest
 from stochastic_depth.choices import SweepKind
 from stochastic_depth.lab.analyses import write_analysis
 from stochastic_depth.lab.comparison import train_pairs
-from stochastic_depth.lab.outcomes import Experiment, experiments
+from stochastic_depth.lab.experiments import Experiment, experiments
 from stochastic_depth.lab.page import write_report
 from stochastic_depth.lab.recorded import read_sources
 from stochastic_depth.lab.sweep.folder import open_sweep

@@ -8,8 +8,10 @@ import pytest
 from rich.console import Console
 from scipy.stats import ttest_ind
 
+from stochastic_depth.lab.expected_cost import expected_cost
+from stochastic_depth.lab.experiments import experiments
 from stochastic_depth.lab.formatting import difference, duration, share
-from stochastic_depth.lab.outcomes import Spread, expected_cost, experiments, standard_error
+from stochastic_depth.lab.outcomes import Spread, standard_error
 from stochastic_depth.lab.recorded import read_sources
 from stochastic_depth.lab.tables import overview, published_for, tables, tiles
 from stochastic_depth.lab.training_curves import training_time

@@ -13,7 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from stochastic_depth.errors import Interrupted
-from stochastic_depth.lab.outcomes import Experiment
+from stochastic_depth.lab.experiments import Experiment
 from stochastic_depth.train import Record, begin, fit, reopen
 from stochastic_depth.train.checkpoint import load_checkpoint
 from stochastic_depth.train.display import Display, Silent

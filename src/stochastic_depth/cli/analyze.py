@@ -17,7 +17,7 @@ from stochastic_depth.train.checks import at_least
 if TYPE_CHECKING:
     from stochastic_depth.cli.console import PlainConsole
     from stochastic_depth.export.depths import Progress
-    from stochastic_depth.lab.outcomes import Experiment
+    from stochastic_depth.lab.experiments import Experiment
     from stochastic_depth.lab.recorded import TrainedNetwork
 
 
@@ -42,7 +42,7 @@ class Question:
             ConfigError: when two of them are of the same seed.
             RunError: when one of them has no record yet.
         """
-        from stochastic_depth.lab.outcomes import distinct, experiments
+        from stochastic_depth.lab.experiments import distinct, experiments
         from stochastic_depth.lab.recorded import read_run
 
         runs = [read_run(path) for path in self.runs]

@@ -6,8 +6,8 @@ import altair as alt
 
 from stochastic_depth.lab.active_blocks import ActiveBlocks, active_blocks
 from stochastic_depth.lab.charts import Figure, Row, at_epoch, chart, colour, keys, layered
+from stochastic_depth.lab.experiments import Experiment, Series
 from stochastic_depth.lab.formatting import seeds
-from stochastic_depth.lab.outcomes import Experiment, Series
 from stochastic_depth.lab.style import LIGHT
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import altair as alt
 
-from stochastic_depth.lab.outcomes import Experiment, Series
+from stochastic_depth.lab.experiments import Experiment, Series
 from stochastic_depth.lab.style import LIGHT
 from stochastic_depth.plain_text import epoch_text
 from stochastic_depth.train import Record

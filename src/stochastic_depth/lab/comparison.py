@@ -13,7 +13,7 @@ import torch
 from stochastic_depth.errors import RunError
 from stochastic_depth.files import is_there, write_whole
 from stochastic_depth.lab.drawing import file_png
-from stochastic_depth.lab.outcomes import Experiment, experiments
+from stochastic_depth.lab.experiments import Experiment, experiments
 from stochastic_depth.lab.recorded import read_run
 from stochastic_depth.lab.training_curves import training_curves, training_time
 from stochastic_depth.plain_text import count_text, epoch_text

@@ -7,8 +7,9 @@ import altair as alt
 
 from stochastic_depth.lab.charts import Figure, Key, Row, chart, colour, dashes, layered
 from stochastic_depth.lab.ensemble import NAMES
+from stochastic_depth.lab.experiments import Series
 from stochastic_depth.lab.formatting import plus_minus, seeds
-from stochastic_depth.lab.outcomes import Series, Spread
+from stochastic_depth.lab.outcomes import Spread
 from stochastic_depth.lab.style import CONSTANT_COLOUR, STOCHASTIC
 
 METRICS = {

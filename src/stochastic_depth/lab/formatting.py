@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from stochastic_depth.lab.outcomes import Series, Spread, standard_error, timing_differences
+from stochastic_depth.lab.experiments import Series, timing_differences
+from stochastic_depth.lab.outcomes import Spread, standard_error
 from stochastic_depth.lab.recorded import RecordedRun
 from stochastic_depth.plain_text import count_text
 

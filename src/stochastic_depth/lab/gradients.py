@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from stochastic_depth.errors import RunError
-from stochastic_depth.lab.outcomes import CONSTANT, Spread
+from stochastic_depth.lab.outcomes import Spread
 from stochastic_depth.lab.recorded import RecordedRun
+from stochastic_depth.lab.titles import CONSTANT
 from stochastic_depth.plain_text import epoch_text
 from stochastic_depth.train import Record
 

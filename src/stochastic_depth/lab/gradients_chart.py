@@ -16,9 +16,9 @@ from stochastic_depth.lab.charts import (
     layered,
     log_axis,
 )
+from stochastic_depth.lab.experiments import Experiment, Series
 from stochastic_depth.lab.formatting import seeds
 from stochastic_depth.lab.gradients import block_means
-from stochastic_depth.lab.outcomes import Experiment, Series
 from stochastic_depth.plain_text import epoch_text
 
 

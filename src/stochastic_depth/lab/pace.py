@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from stochastic_depth.lab.comparison import twins
-from stochastic_depth.lab.outcomes import expected_cost
+from stochastic_depth.lab.expected_cost import expected_cost
 from stochastic_depth.plain_text import count_text
 from stochastic_depth.train import Config
 from stochastic_depth.train.open import open_batches

@@ -17,8 +17,9 @@ from stochastic_depth.lab.charts import (
     layered,
     log_axis,
 )
+from stochastic_depth.lab.experiments import Experiment, Series
 from stochastic_depth.lab.formatting import duration, percent
-from stochastic_depth.lab.outcomes import Experiment, Series, Spread
+from stochastic_depth.lab.outcomes import Spread
 from stochastic_depth.lab.pruning import ORDERS, Order
 from stochastic_depth.lab.style import LIGHT
 

@@ -9,8 +9,8 @@ from stochastic_depth.lab.active_blocks_chart import active_blocks_figure, drop_
 from stochastic_depth.lab.bench.depth_chart import depth_cost
 from stochastic_depth.lab.charts import Figure
 from stochastic_depth.lab.ensemble_chart import ensemble_figure
+from stochastic_depth.lab.experiments import Experiment, distinct, experiments
 from stochastic_depth.lab.gradients_chart import block_gradients, gradient_strength
-from stochastic_depth.lab.outcomes import Experiment, distinct, experiments
 from stochastic_depth.lab.pruning_chart import pruned_blocks
 from stochastic_depth.lab.recorded import RecordedRun, RecordedSweep, Sources
 from stochastic_depth.lab.sweep.charts import depth_sweep, gates_sweep, survival_sweep

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from rich.table import Table
 
+from stochastic_depth.lab.experiments import Experiment, Series
 from stochastic_depth.lab.formatting import (
     duration,
     percent,
@@ -12,7 +13,7 @@ from stochastic_depth.lab.formatting import (
     share,
     timing_note,
 )
-from stochastic_depth.lab.outcomes import Experiment, RunOutcome, Series, Spread
+from stochastic_depth.lab.outcomes import RunOutcome, Spread
 from stochastic_depth.lab.recorded import RecordedRun
 from stochastic_depth.lab.titles import flat
 from stochastic_depth.plain_text import count_text, epoch_text

@@ -1,13 +1,14 @@
-"""What experiments are called: their network, data and epochs, and what else tells them apart."""
+"""What experiments and their series are called, and what tells them apart."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from stochastic_depth.data.sources import SOURCES
 from stochastic_depth.models.networks import NETWORKS
 from stochastic_depth.plain_text import count_text
-from stochastic_depth.train import Config
+from stochastic_depth.train import Config, SurvivalConfig
 
 
 def describe(config: Config) -> str:
@@ -59,3 +60,37 @@ def flat(described: dict[str, Any]) -> dict[str, str]:
 
     put("", described)
     return values
+
+
+CONSTANT = "constant depth"
+"""What constant depth is called in every table, chart and sentence."""
+RULES = {"linear": "linear decay to", "uniform": "uniform"}
+
+
+def survival_name(survival: SurvivalConfig) -> str:
+    """The rule and its p_L, as in every table, chart and sentence."""
+    if survival.rule == "constant":
+        return CONSTANT
+    return f"{RULES[survival.rule]} {survival.final:g}"
+
+
+def series_names(stochastic: list[SurvivalConfig]) -> list[str]:
+    """A name for each configuration: its rule, and the settings in which the configurations differ.
+
+    Settings with their default value are left out: no two names are alike without them either.
+    """
+    if len(stochastic) < 2:
+        return ["stochastic depth"] * len(stochastic)
+    values = [asdict(survival) for survival in stochastic]
+    apart = [k for k in values[0] if len({str(value[k]) for value in values}) > 1]
+    default = asdict(SurvivalConfig())
+    names = []
+    for survival, value in zip(stochastic, values, strict=True):
+        parts = [survival_name(survival)]
+        if "schedule" in apart and survival.schedule.kind != "none":
+            parts.append(survival.schedule.name)
+        others = (k for k in apart if k not in ("rule", "final", "schedule"))
+        chosen = (k for k in others if value[k] != default[k])
+        parts += ("balanced" if k == "balance" else f"{k} {value[k]}" for k in chosen)
+        names.append(", ".join(parts))
+    return names

@@ -15,6 +15,7 @@ from stochastic_depth.lab.charts import (
     keys,
     layered,
 )
+from stochastic_depth.lab.experiments import Experiment, Series
 from stochastic_depth.lab.formatting import (
     difference,
     duration,
@@ -23,7 +24,6 @@ from stochastic_depth.lab.formatting import (
     share,
     timing_note,
 )
-from stochastic_depth.lab.outcomes import Experiment, Series
 from stochastic_depth.lab.style import LIGHT
 from stochastic_depth.plain_text import epoch_text
 

@@ -7,8 +7,8 @@ from typing import Any
 import altair as alt
 
 from stochastic_depth.lab.charts import Figure, Key, Row, chart, colour, layered
-from stochastic_depth.lab.outcomes import CONSTANT
 from stochastic_depth.lab.style import CONSTANT_COLOUR, STOCHASTIC
+from stochastic_depth.lab.titles import CONSTANT
 from stochastic_depth.timing import Timing
 
 NAMES = {"constant": CONSTANT, "stochastic": "stochastic depth"}

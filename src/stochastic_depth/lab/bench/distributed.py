@@ -25,7 +25,7 @@ from stochastic_depth.distributed import shard_branches, skip_closed
 from stochastic_depth.distributed.world import process_group
 from stochastic_depth.lab.bench.results import bench_table
 from stochastic_depth.lab.options import DistributedOptions
-from stochastic_depth.lab.outcomes import CONSTANT
+from stochastic_depth.lab.titles import CONSTANT
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.randomness import generator
 from stochastic_depth.residual import Residual

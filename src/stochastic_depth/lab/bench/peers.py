@@ -29,7 +29,7 @@ from stochastic_depth.lab.bench.workload import (
     training_step,
 )
 from stochastic_depth.lab.options import NetworkName, PeersOptions
-from stochastic_depth.lab.outcomes import CONSTANT
+from stochastic_depth.lab.titles import CONSTANT
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.randomness import generator
 from stochastic_depth.surgery import apply

@@ -13,7 +13,7 @@ from stochastic_depth.handle import Handle
 from stochastic_depth.lab.bench.results import bench_table, clock, with_progress
 from stochastic_depth.lab.bench.workload import Step, Workload, active_share, saved_for_backward
 from stochastic_depth.lab.options import SkipOptions
-from stochastic_depth.lab.outcomes import CONSTANT
+from stochastic_depth.lab.titles import CONSTANT
 from stochastic_depth.models import CifarResNet
 from stochastic_depth.surgery import summary
 from stochastic_depth.survival import LinearDecay, Survival, Uniform

@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping
 import altair as alt
 
 from stochastic_depth.lab.charts import Figure, Key, Row, chart, colour, layered, log_axis
+from stochastic_depth.lab.experiments import Series, experiments
 from stochastic_depth.lab.formatting import duration, percent, plus_minus, seeds, timing_note
-from stochastic_depth.lab.outcomes import CONSTANT, RunOutcome, Series, Spread, experiments
+from stochastic_depth.lab.outcomes import RunOutcome, Spread
 from stochastic_depth.lab.recorded import RecordedSweep
 from stochastic_depth.lab.style import CONSTANT_COLOUR, HEAT, STOCHASTIC
+from stochastic_depth.lab.titles import CONSTANT
 
 KEYS = {
     "linear": Key("linear decay", STOCHASTIC[0]),

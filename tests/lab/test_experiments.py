@@ -5,14 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from stochastic_depth.lab.experiments import distinct, experiments, timing_differences
 from stochastic_depth.lab.formatting import timing_note
-from stochastic_depth.lab.outcomes import (
-    RunOutcome,
-    distinct,
-    experiments,
-    interval_steps,
-    timing_differences,
-)
+from stochastic_depth.lab.outcomes import RunOutcome, interval_steps
 from stochastic_depth.lab.recorded import read_run
 from stochastic_depth.lab.training_curves import training_time
 from stochastic_depth.train import layout
