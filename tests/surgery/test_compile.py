@@ -558,3 +558,42 @@ def test_modules_that_a_compiled_method_calls_cannot_be_deferred():
         sd.errors.UnsupportedBlockError, match=r"'blocks\.0'.*torch\.compile.*compile_blocks"
     ):
         sd.apply(AddsCompiledMethods(), example=torch.randn(2, 4))
+
+
+@torch.compile(backend="eager")
+def gated(a, b):
+    return torch.sigmoid(a) * b
+
+
+class Gated(nn.Module):
+    def forward(self, a, b):
+        return gated(a, b)
+
+
+class AddsCompiledFunctions(nn.Module):
+    def __init__(self, between):
+        super().__init__()
+        self.blocks = nn.ModuleList(CompiledMethod() for _ in range(3))
+        self.between = between
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block.g(self.between(block.f(x), x))
+        return x
+
+
+def test_compiled_functions_cannot_compute_with_deferred_values():
+    """The compiler would trace the placeholders as if they were tensors."""
+    with pytest.raises(
+        sd.errors.UnsupportedBlockError, match=r"'blocks\.0'.*torch\.compile.*computes.*of a module"
+    ):
+        sd.apply(AddsCompiledFunctions(gated), example=torch.randn(2, 4))
+
+
+def test_compiled_functions_of_a_module_are_deferred_with_it():
+    torch.manual_seed(0)
+    model, x = AddsCompiledFunctions(Gated()), torch.randn(6, 4)
+    handle = sd.apply(model, sd.Uniform(0.5), example=torch.randn(2, 4))
+    with handle.forced([False, True, False]):
+        block = model.blocks[1]
+        torch.testing.assert_close(model(x), x + block.g(gated(block.f(x), x)))

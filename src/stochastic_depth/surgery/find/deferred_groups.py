@@ -139,7 +139,7 @@ def deferred_edits(group: Group, analysis: Analysis) -> list[DeferredEdit]:
         raise UnsupportedBlockError(
             mostly_shared(group.exclusive_share) if shared else _too_few_modules(group.saved_share)
         )
-    if _is_compiled(group):
+    if _is_compiled(group, analysis):
         raise UnsupportedBlockError(COMPILED)
     return [
         DeferredEdit(
@@ -155,18 +155,27 @@ def deferred_edits(group: Group, analysis: Analysis) -> list[DeferredEdit]:
 
 
 COMPILED = (
-    "a function that torch.compile compiles makes its addition, or calls a module of its branch, "
-    "and a gate does not reach into compiled code: leave that function uncompiled, and call "
-    "sd.compile_blocks(model) after sd.apply"
+    "a function that torch.compile compiles makes its addition, calls a module of its branch or "
+    "computes with a value of its branch, and a gate does not reach into compiled code: leave that "
+    "function uncompiled, and call sd.compile_blocks(model) after sd.apply; or, if it only "
+    "computes, call it in the forward method of a module of the branch"
 )
 
 
-def _is_compiled(group: Group) -> bool:
-    """Whether compiled code makes an addition, or calls a module that would be deferred."""
+def _is_compiled(group: Group, analysis: Analysis) -> bool:
+    """Whether compiled code makes an addition, calls a module that would be deferred, or computes
+    with the results of such modules."""
     made = [call for event in group.events for call in event.stack]
     calls = [each for call in group.calls for each in (call, *call.ancestors())]
     inside = [call for call in [*made, *calls] if call.is_within(group.owner)]
-    return any(each.compiled for each in [*group.events, *inside])
+    values = analysis.recording.values
+    between = [
+        values[number]
+        for event in group.events
+        for number in event.branch
+        if not any(call.began <= number < call.ended for call in group.calls)
+    ]
+    return any(each.compiled for each in [*group.events, *inside, *between])
 
 
 def _calls_for(event: AdditionEvent, group: Group, analysis: Analysis) -> tuple[BranchCalls, ...]:

@@ -93,6 +93,8 @@ class Value:
     children: list[int] = field(default_factory=list)
     together: range = range(0)
     """The numbers of all values that the function returned in the same call."""
+    compiled: bool = False
+    """Whether a function that torch.compile compiles computes it, within the call around it."""
 
 
 @dataclass(frozen=True)
@@ -333,9 +335,10 @@ class _Functions(TorchFunctionMode):
             self.on_function(func, operands, out, False)
             return out
         first, tensors = len(self.recording.values), tensors_in(out)
+        compiled = is_called_by_compiled(sys._getframe())
         for tensor in tensors:
-            number = self.recording.add(tensor, parents, name, flops)
-            self.recording.values[number].together = range(first, first + len(tensors))
+            value = self.recording.values[self.recording.add(tensor, parents, name, flops)]
+            value.together, value.compiled = range(first, first + len(tensors)), compiled
             flops = 0
         self.on_function(func, operands, out, scales_second(name, kwargs or {}))
         returned = set(map(id, tensors))
