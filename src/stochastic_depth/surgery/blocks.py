@@ -190,7 +190,7 @@ def unsupported(
 ) -> UnsupportedBlockError:
     """The error that names a block, its class and the reason, which holds for `others` too."""
     return UnsupportedBlockError(
-        f"block {name!r} ({type(module).__name__}) cannot be made skippable: {why}",
+        f"block {name or 'the model'!r} ({type(module).__name__}) cannot be made skippable: {why}",
         blocks=(name, *others),
         of_model=of_model,
     )

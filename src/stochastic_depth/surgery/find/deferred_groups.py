@@ -226,7 +226,8 @@ def _computes(call: Call, branch: Set[int]) -> bool:
     return not branch.isdisjoint([*computed, *call.outputs])
 
 
-_NO_MODULE = "there is no module that only its branch needs"
+_AS_MODULE = "compute the branch in the forward method of a module of its own"
+_NO_MODULE = f"there is no module that only its branch needs: {_AS_MODULE}"
 
 
 def _too_few_modules(saved: float) -> str:
@@ -237,4 +238,7 @@ def _too_few_modules(saved: float) -> str:
     """
     if not saved:
         return _NO_MODULE
-    return f"the modules that only its branch needs compute only about {saved:.0%} of its FLOPs"
+    return (
+        f"the modules that only its branch needs compute only about {saved:.0%} of its FLOPs: "
+        f"{_AS_MODULE}"
+    )
