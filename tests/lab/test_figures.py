@@ -276,6 +276,11 @@ def test_a_logarithmic_axis_has_round_numbers_within_its_ends(low, factor):
     assert ticks == sorted(ticks)
 
 
+def test_over_a_narrow_range_the_marks_have_equal_distances():
+    marks = [0.0095, 0.01, 0.0105, 0.011, 0.0115, 0.012, 0.0125, 0.013]
+    assert _ticks(0.0093, 0.0131) == marks
+
+
 POSITIVE = st.floats(0, exclude_min=True, allow_infinity=False)
 
 
@@ -285,6 +290,8 @@ POSITIVE = st.floats(0, exclude_min=True, allow_infinity=False)
 @example([2.25])
 @example([13.5, 13.6])
 @example([9.5])
+@example([1e-323])
+@example([2e-322])
 def test_every_positive_number_is_on_a_logarithmic_axis_with_a_mark(values):
     axis = log_axis(values, "").to_dict()
     low, high = axis["scale"]["domain"]

@@ -122,17 +122,26 @@ def log_axis(values: Sequence[float | None], title: str) -> alt.Y:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers between `low` and `high`, as many as are readable."""
+    """Round numbers between `low` and `high`, 8 at most.
+
+    Over a wide range they are equal in each decade, over a narrow one their distances are equal.
+    """
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    tenths, hundredths = ([n / k for n in range(k, 10 * k)] for k in (10, 100))
-    coarse = [(mantissas, 4) for mantissas in ((1,), (1, 3), (1, 2, 5), range(1, 10))]
-    inside: list[float] = []
-    for mantissas, enough in [*coarse, (tenths, 1), (hundredths, 1)]:
+    for mantissas in ((1,), (1, 3), (1, 2, 5), range(1, 10)):
         ticks = [float(f"{m}e{decade}") for decade in decades for m in mantissas]
         inside = [tick for tick in ticks if low <= tick <= high]
-        if len(inside) >= enough:
+        if len(inside) >= 4:
+            return inside[:: math.ceil(len(inside) / 8)]
+    if high - low < sys.float_info.min:
+        return [low]
+    widest = math.ceil(math.log10(high - low))
+    steps = ((m, exponent) for exponent in range(widest - 2, widest + 1) for m in (1, 2, 5))
+    for m, exponent in steps:
+        step = float(f"{m}e{exponent}")
+        first, last = math.ceil(low / step), math.floor(high / step)
+        if last - first < 8:
             break
-    return inside[:: math.ceil(len(inside) / 8)]
+    return [float(f"{m * n}e{exponent}") for n in range(first, last + 1)]
 
 
 POINTS_OF_CURVE = 200
