@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -508,6 +509,10 @@ def _(runs):
     runs.monkeypatch.setattr(TrainState, "advance", exhausted)
     assert re.match(r"out of memory at step 9 of \S+ \(blocks .* open\)", runs.refused())
     runs.monkeypatch.setattr(TrainState, "advance", advance)
+    measuring = sys.modules["stochastic_depth.train.fit"]
+    runs.monkeypatch.setattr(measuring, "evaluate_parts", exhausted_evaluation)
+    assert re.match(r"out of memory at step \d+ of \S+ \(in evaluation\)", runs.refused())
+    runs.monkeypatch.undo()
     runs.resume()
     runs.ends_as_if_nothing_had_happened()
     for number, remedy in enumerate(("--optimizer.batch 64", "--precision bfloat16")):
@@ -525,6 +530,10 @@ def _(runs):
     runs.monkeypatch.setattr(TrainState, "advance", advance)
     runs.resume()
     runs.ends_as_if_nothing_had_happened()
+
+
+def exhausted_evaluation(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def died(*_):

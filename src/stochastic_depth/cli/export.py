@@ -54,9 +54,16 @@ class Export:
     def check(self) -> None:
         _check_share(self.depth)
         form = self.chosen_format()
-        if self.elastic and (form != "safetensors" or self.depth < 1):
+        if self.elastic and self.depth < 1:
             raise ConfigError(
-                "--elastic keeps all blocks, in a safetensors file: leave out --depth and --format"
+                f"--elastic keeps all blocks, and --depth is {self.depth:g}: leave one out"
+            )
+        if self.elastic and form != "safetensors":
+            asked = "--format" if self.format is not None else f"--out {self.out}"
+            raise ConfigError(
+                f"--elastic writes a safetensors file, and {asked} asks for {form}: leave "
+                "--format out, and give --out a name that ends in .safetensors, or leave "
+                "--elastic out"
             )
 
     def default_name(self) -> Path:

@@ -135,13 +135,15 @@ def _ticks(low: float, high: float) -> list[float]:
     if high - low < sys.float_info.min:
         return [low]
     widest = math.ceil(math.log10(high - low))
-    steps = ((m, exponent) for exponent in range(widest - 2, widest + 1) for m in (1, 2, 5))
-    for m, exponent in steps:
-        step = float(f"{m}e{exponent}")
-        first, last = math.ceil(low / step), math.floor(high / step)
-        if last - first < 8:
-            break
-    return [float(f"{m * n}e{exponent}") for n in range(first, last + 1)]
+    steps = [(m, exponent) for exponent in range(widest - 2, widest + 1) for m in (1, 2, 5)]
+    return next(filter(lambda ticks: len(ticks) <= 8, (_multiples(*s, low, high) for s in steps)))
+
+
+def _multiples(m: int, exponent: int, low: float, high: float) -> list[float]:
+    """The multiples of m * 10^exponent from `low` to `high`."""
+    step = float(f"{m}e{exponent}")
+    numbers = range(math.ceil(low / step), math.floor(high / step) + 1)
+    return [float(f"{m * n}e{exponent}") for n in numbers]
 
 
 POINTS_OF_CURVE = 200

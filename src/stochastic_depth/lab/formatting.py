@@ -65,7 +65,8 @@ def difference(a: Spread, b: Spread, of_a: Series, of_b: Series) -> str:
     said = f"{of_a.name} is {abs(points):.2f} points {'below' if points < 0 else 'above'}"
     error = standard_error(a, b, len(of_a.runs), len(of_b.runs))
     if error is None:
-        return f"{said}; with one seed each, this may be chance"
+        alone = "with one seed each" if len(of_a.runs) == len(of_b.runs) else "with one seed of one"
+        return f"{said}; {alone}, this may be chance"
     if abs(points) < 2 * error:
         return f"{said}, less than twice its standard error of {error:.2f}: it may be chance"
     return f"{said}, more than twice its standard error of {error:.2f}"

@@ -248,7 +248,7 @@ class Config:
         if self.survival.rule == "constant":
             why = "survival.rule is constant"
             instead = "give --survival.rule linear or uniform, in a network with residual blocks"
-            names = vars(self.survival).keys() - {"rule", "schedule"}
+            names = [name for name in vars(self.survival) if name not in ("rule", "schedule")]
             add("survival", self.survival, names, why, instead)
             add("distributed", self.distributed, ["rank_gates"], why, instead)
             found["schedule"] = (

@@ -30,9 +30,12 @@ from stochastic_depth.train.train_state import TrainState
 
 def diverged(run: Run, step: int, what: str) -> DivergedError:
     """The error for a value that is not finite, in `step` or after it."""
+    remedies = "a lower --optimizer.learning-rate or a --optimizer.warmup-epochs"
+    if run.config.survival.rule != "constant":
+        remedies += ", or --schedule warmup"
     return DivergedError(
-        f"{what} is not finite at step {step} of {run.path}; {run.checkpoints.last_good()}. Try a "
-        "lower --optimizer.learning-rate, a --optimizer.warmup-epochs or --schedule warmup"
+        f"{what} is not finite at step {step} of {run.path}; {run.checkpoints.last_good()}. Try "
+        f"{remedies}"
     )
 
 
@@ -55,8 +58,13 @@ def failure_of(run: Path, inside: Path | None = None) -> str | None:
 
 
 @contextmanager
-def as_out_of_memory_error(run: Run, train_state: TrainState) -> Iterator[None]:
+def as_out_of_memory_error(
+    run: Run, train_state: TrainState, evaluating: bool = False
+) -> Iterator[None]:
     """Turn errors of exhausted memory into one that names the step and the remedies.
+
+    Args:
+        evaluating: whether this is an evaluation, after the step.
 
     Raises:
         OutOfMemoryError: in place of the errors of PyTorch and Python.
@@ -69,16 +77,15 @@ def as_out_of_memory_error(run: Run, train_state: TrainState) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         step, config = train_state.step, train_state.config
-        evaluating = not train_state.model.training
         gates = "in evaluation" if evaluating else open_blocks(train_state.gates_at(step))
         workers = f", --data.workers ({config.data.workers})" * (
             "data.workers" not in config.without_effect()
         )
+        precision = " or --precision bfloat16" * (train_state.runtime.precision == "float32")
         raise OutOfMemoryError(
             f"out of memory at step {step} of {run.path} ({gates}): {first_line(error)[:200]}; "
             f"{run.checkpoints.last_good()}. Resume where there is more memory, or begin a run "
-            f"with a lower --optimizer.batch (it is {config.optimizer.batch}){workers} or "
-            f"--precision bfloat16 ({train_state.runtime.precision})"
+            f"with a lower --optimizer.batch (it is {config.optimizer.batch}){workers}{precision}"
         ) from error
 
 

@@ -107,7 +107,8 @@ def fit(
             record = None
             with as_interruption(run, train_state, stop):
                 if _finish_interval(run, train_state, stream, callback, stop):
-                    record = _measure(train_state, batches, callback, stop)
+                    with as_out_of_memory_error(run, train_state, evaluating=True):
+                        record = _measure(train_state, batches, callback, stop)
             check_lock()
             if record is not None and not record.is_finite:
                 raise diverged(run, train_state.step, "an evaluation")

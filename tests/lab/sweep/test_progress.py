@@ -78,6 +78,15 @@ def test_a_journal_is_read_only_when_it_has_grown_and_a_failure_once(begun, monk
     assert read.count(("records", first)) == 2
 
 
+def test_what_an_interrupted_sweep_has_trained_is_not_work_of_the_resumed_one(begun):
+    first, *_ = begun.grid.points()
+    train_point(begun, first, lambda: None)
+    (begun.path(first) / "model.safetensors").unlink()  # all of its epochs, but not its weights
+    progress = SweepProgress(begun, Console(file=io.StringIO()))
+    progress.look([first])
+    assert progress.counts() == "0/3 done, 1 running, 0 failed, left -:--:--"
+
+
 def test_a_run_that_has_ended_is_not_running_while_its_worker_still_has_it(sweep):
     progress = SweepProgress(sweep, Console(file=io.StringIO()))
     progress.look(sweep.grid.points())

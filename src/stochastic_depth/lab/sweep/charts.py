@@ -308,5 +308,5 @@ def _gating_sentence(errors: Mapping[str, list[float]]) -> str:
     if len(pair) == 2:
         clauses.append(f"one coin for all samples or for each: {' and '.join(pair)}")
     if any(spread.deviation is None for spread in spreads.values()):
-        clauses.append("with one seed, this may be chance")
+        clauses.append("where there is one seed, this may be chance")
     return f"{'; '.join(clauses)}."

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from filelock import FileLock
 
@@ -211,6 +211,8 @@ def read_sweep(folder: Path) -> Sweep:
             "version that wrote it"
         )
     try:
+        if found["kind"] not in get_args(SweepKind):
+            raise TypeError(f"there is no sweep of {found['kind']!r}")
         grid = Grid(**{name: tuple(values) for name, values in found["grid"].items()})
         return Sweep(
             layout.with_name(folder),

@@ -29,9 +29,8 @@ class SweepProgress(LiveDisplay):
         self._shares = dict.fromkeys(self._points, 0.0)
         self._sizes: dict[Point, int] = {}
         self._ended = {point: sweep.failure(point) for point in self._points if sweep.ended(point)}
-        self._began, self._work_before = time.monotonic(), 0.0
-        self.look([])
-        self._work_before = self._work()
+        self._read_shares([point for point in self._points if point not in self._ended])
+        self._began, self._work_before = time.monotonic(), self._work()
 
     def look(self, claimed: list[Point]) -> None:
         """Read how far the runs are, and print those that have ended.
@@ -44,7 +43,11 @@ class SweepProgress(LiveDisplay):
             if point not in self._ended and self._sweep.ended(point):
                 self._ended[point] = self._sweep.failure(point)
                 self._tell(point)
-        for point in self._running():
+        self._read_shares(self._running())
+
+    def _read_shares(self, points: list[Point]) -> None:
+        """Read how far these runs are, if their journals have grown."""
+        for point in points:
             size = self._sweep.journal_size(point)
             if size != self._sizes.get(point, 0):
                 self._sizes[point] = size
