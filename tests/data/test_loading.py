@@ -81,6 +81,8 @@ def test_an_unknown_name_lists_the_known():
         "cifar100, svhn;",
     ):
         load("cifar")
+    with pytest.raises(DataError, match=r"no data set 'cifar': choose from .*imagenet, folder$"):
+        batches("cifar", batch=8, seed=0, device="cpu")
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])

@@ -151,6 +151,7 @@ def test_a_run_with_the_weights_of_another_one_is_refused(compared, tmp_path):
         ("list.json", "[]", "holds no object; give run folders"),
         ("sweep/sweep.json", '{"format": 2}', "has format 2, this version reads 1"),
         ("sweep/sweep.json", '{"format": 1}', "sweep.json is not of a sweep: KeyError"),
+        ("sweep/sweep.json", '{"format": 1, "kind": "width"}', "there is no sweep of 'width'"),
     ],
 )
 def test_what_is_none_of_these_is_refused(name, content, shown, tmp_path):

@@ -165,8 +165,8 @@ def test_going_on_with_other_threads_is_told(small, path, silent):
     next(records)
     records.close()
     threads = run.runtime.threads + 1
-    run = replace(run, runtime=replace(run.runtime, threads=threads))
-    next(fit(run, images, silent))
+    edit_description(path, lambda described: described["runtime"].update(threads=threads))
+    next(fit(*reopen(path), silent))
     assert f"begun with {threads} threads" in silent.said[0]
 
 

@@ -143,9 +143,11 @@ def batches(
         MissingExtraError: when a library that this data set needs is not installed.
     """
     source = SOURCES.get(name)
+    if source is None:
+        raise DataError(f"there is no data set {name!r}: choose from {', '.join(SOURCES)}")
     if augment is None:
-        augment = source is not None and source.augmented
-    if source is None or source.read is not None:
+        augment = source.augmented
+    if source.read is not None:
         data = load(name, root, validation=validation, train=train, size=size, download=download)
         return TensorBatches(
             data,

@@ -21,10 +21,11 @@ def conditions_elsewhere(run: Run) -> dict[str, str] | None:
 
 def say_what_differs(run: Run, say: Callable[[str], None]) -> None:
     """Say which differences to where the run began keep it from ending bit for bit the same."""
+    began, now = on_primary(lambda: open_run(run.path)).runtime, run.runtime
     threads = torch.get_num_threads()
-    if not run.runtime.on_gpu and threads != run.runtime.threads:
+    if not now.on_gpu and threads != began.threads:
         say(
-            f"begun with {run.runtime.threads} threads, resumed with {threads}: sums are "
+            f"begun with {began.threads} threads, resumed with {threads}: sums are "
             "rounded differently (set OMP_NUM_THREADS for bitwise identical results)"
         )
     processes = run.machine.get("processes", world_size())
@@ -33,7 +34,6 @@ def say_what_differs(run: Run, say: Callable[[str], None]) -> None:
             f"the number of processes was {processes}, and is {world_size()}: results depend on it "
             "through batch normalisation, and times of this run are of both"
         )
-    began, now = on_primary(lambda: open_run(run.path)).runtime, run.runtime
     if (began.device, began.engine) != (now.device, now.engine):
         say(
             f"begun on {began.device} by {began.engine}, resumed on {now.device} by "
