@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 from rich.console import Console, Group
@@ -9,6 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from stochastic_depth.errors import RunError
 from stochastic_depth.lab.formatting import percent, plus_minus, timing_note
 from stochastic_depth.lab.outcomes import Outcome, RunOutcome
 from stochastic_depth.lab.recorded import read_run
@@ -29,7 +31,10 @@ class SweepProgress(LiveDisplay):
         self._shares = dict.fromkeys(self._points, 0.0)
         self._sizes: dict[Point, int] = {}
         self._ended = {point: sweep.failure(point) for point in self._points if sweep.ended(point)}
-        self._read_shares([point for point in self._points if point not in self._ended])
+        for point in self._points:
+            if point not in self._ended:
+                with suppress(RunError):  # the worker that takes this run reports what is wrong
+                    self._read_shares([point])
         self._began, self._work_before = time.monotonic(), self._work()
 
     def look(self, claimed: list[Point]) -> None:
